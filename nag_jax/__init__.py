@@ -1,0 +1,12 @@
+"""Nesterov acceleration in JAX: one buffer, one kernel, one rule per method."""
+
+from nag_jax import rules as rules
+from nag_jax import schedules as schedules
+from nag_jax.kernel import AccelerateState as AccelerateState
+from nag_jax.kernel import accelerate as accelerate
+from nag_jax.kernel import eval_params as eval_params
+from nag_jax.optimizers import from_optax as from_optax
+from nag_jax.optimizers import nag as nag
+from nag_jax.optimizers import nag_then_sgd as nag_then_sgd
+
+__version__ = "0.1.0.dev0"

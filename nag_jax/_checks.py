@@ -1,0 +1,40 @@
+"""One wording for every out-of-range argument: what was given, what is allowed, what to do."""
+
+import math
+from typing import Any
+
+from jax.core import Tracer
+
+
+def check_range(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    hint: str = "",
+) -> None:
+    """Raises ValueError unless ``value`` is a schedule, a tracer or a number in ``[low, high)``.
+
+    Schedules are only known step by step and tracers only at run time, so both pass.
+    """
+    if callable(value) or isinstance(value, Tracer):
+        return
+    allowed = f"{'(' if low_open else '['}{low:g}, {high:g})"
+    advice = f"; {hint}" if hint else ""
+    try:
+        number = float(value * 1.0)  # the product refuses text, which float() would parse
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be a number in {allowed} or a schedule, got {value!r}{advice}"
+        ) from None
+    if not (low < number if low_open else low <= number) or not number < high:
+        raise ValueError(f"{name} must be in {allowed}, got {number:g}{advice}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

@@ -1,0 +1,200 @@
+"""The kernel: one params-sized buffer and, each step, the scalars of a rule."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from nag_jax.rules import Rule, Scalar
+
+_ROUNDS_AWAY = 0.98  # from this momentum on, nearest rounding below 32 bits loses over 5 %
+
+
+class AccelerateState(NamedTuple):
+    """State of :func:`accelerate`."""
+
+    m: optax.Updates  # like params; dtype of params, or accumulator_dtype
+    carry: Any  # the rule's scalars
+    readout: jax.Array  # shape=(), default float dtype
+
+
+def accelerate(
+    rule: Rule, *, accumulator_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Nesterov's momentum, and its relatives, on whatever step the chain proposes.
+
+    With ``u`` the update that arrives here and the rule's scalars of this step,
+
+    .. math::
+        m' = \beta m + \kappa u, \qquad
+        \mathrm{update} = d\, u + l\, m', \qquad
+        x_{\mathrm{eval}} = \mathrm{params} + r\, m'
+
+    Put it *last*, after the learning rate, for rules in units of the parameters
+    (``rules.nesterov``, ...): that is exact under any schedule. ``rules.trace`` alone stands
+    before the learning rate. All arithmetic is float32 at least, float64 where leaves are.
+
+    Args:
+      rule: the method, from ``nag_jax.rules``.
+      accumulator_dtype: floating dtype of the buffer; default: that of each parameter. Complex
+        parameters keep a complex buffer of at least that precision.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its update needs no ``params``, returns the
+      dtype of the incoming updates and never changes a shape or dtype of its state.
+
+    Raises:
+      ValueError: if accumulator_dtype is not a floating dtype; from ``init``, if a parameter is
+        neither floating nor complex.
+
+    The point: any optimizer can be accelerated, and the iterate to evaluate is known.
+
+    >>> tx = optax.chain(optax.adam(0.1), nag_jax.accelerate(rules.nesterov(0.5)))
+    >>> params = jnp.array([1.0, -2.0])
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(jnp.array([1.0, -1.0]), state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> for point in (params, nag_jax.eval_params(params, state)):
+    ...     print([f"{value:.2f}" for value in point])
+    ['0.85', '-1.85']
+    ['0.90', '-1.90']
+    """
+    if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.floating):
+        raise ValueError(
+            f"accumulator_dtype must be a floating dtype such as jnp.float32, or None for the "
+            f"dtype of each parameter; got {accumulator_dtype!r}"
+        )
+
+    def init(params: optax.Params) -> AccelerateState:
+        m = jax.tree_util.tree_map_with_path(
+            lambda path, p: jnp.zeros_like(p, dtype=_buffer_dtype(path, p, accumulator_dtype)),
+            params,
+        )
+        carry = rule.init()
+        _warn_where_momentum_stalls(rule.step(carry)[1].beta, m)
+        return AccelerateState(m=m, carry=carry, readout=jnp.zeros([], float))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AccelerateState]:
+        del params, extra_args
+        carry, c = rule.step(state.carry)
+        m = jax.tree.map(
+            lambda u, m: m if u is None else _mix(c.beta, m, c.kappa, u).astype(m.dtype),
+            updates,
+            state.m,
+            is_leaf=_is_none,
+        )
+        # From the stored buffer, so that x_eval = params + readout*m holds for rounded ones too.
+        updates = jax.tree.map(
+            lambda u, m: None if u is None else _mix(c.direct, u, c.lookahead, m).astype(u.dtype),
+            updates,
+            m,
+            is_leaf=_is_none,
+        )
+        readout = jnp.asarray(c.readout, state.readout.dtype)
+        return updates, AccelerateState(m=m, carry=carry, readout=readout)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def eval_params(params: Any, opt_state: Any) -> Any:
+    """The iterate to evaluate and to save, given the parameters where gradients are taken.
+
+    Nesterov's method takes gradients at an extrapolated point ``y``, and that is what ``params``
+    hold during training; its guarantees are about the iterate ``x = y + readout*m``. The
+    difference vanishes with the step size. Do not train on from ``x``: keep ``params`` for that.
+
+    Args:
+      params: any pytree, as trained; a ``flax.nnx`` state too.
+      opt_state: the matching state of any chain that holds :func:`accelerate`: through
+        ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``, ``inject_hyperparams``, or the
+        ``opt_state`` of a ``flax.nnx.Optimizer``. What was masked out comes back as it is.
+
+    Returns:
+      A pytree like params, same shapes and dtypes.
+
+    Raises:
+      ValueError: if opt_state holds no state of ``accelerate``, more than one for the same
+        parameter, or one that belongs to other parameters.
+    """
+    is_state = lambda node: isinstance(node, AccelerateState)
+    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
+    if not states:
+        raise ValueError(
+            "opt_state holds no state of nag_jax.accelerate, got "
+            f"{jax.tree.structure(opt_state)}; pass what optimizer.init(params) returned, or "
+            "the opt_state attribute of a flax.nnx.Optimizer"
+        )
+    # Matched by path: flax's variables are other nodes in the optimizer than in the model, and
+    # where a mask left a parameter out, a path is all that is missing.
+    offsets: dict[Any, tuple[jax.Array, jax.Array]] = {}
+    for state in states:
+        (readout,) = jax.tree.leaves(state.readout)
+        for path, m in jax.tree_util.tree_leaves_with_path(state.m):
+            if path in offsets:
+                raise ValueError(
+                    "opt_state holds more than one state of nag_jax.accelerate for parameter "
+                    f"{jax.tree_util.keystr(path)}; keep one accelerate for each parameter"
+                )
+            offsets[path] = readout, m
+
+    def shift(path: Any, p: Any) -> Any:
+        if path not in offsets:
+            return p
+        readout, m = offsets.pop(path)
+        if jnp.shape(m) != jnp.shape(p):
+            raise ValueError(
+                f"opt_state does not belong to params: {jax.tree_util.keystr(path)} has shape "
+                f"{jnp.shape(p)} in params and {jnp.shape(m)} in the buffer"
+            )
+        return _mix(1.0, p, readout, m).astype(jnp.result_type(p))
+
+    shifted = jax.tree_util.tree_map_with_path(shift, params)
+    if offsets:
+        missing = ", ".join(jax.tree_util.keystr(path) for path in offsets)
+        raise ValueError(f"opt_state does not belong to params: they have no {missing}")
+    return shifted
+
+
+def _mix(a: Scalar, x: jax.Array, b: Scalar, y: jax.Array) -> jax.Array:
+    """``a*x + b*y`` in float32 at least."""
+    dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+    real = jnp.finfo(dtype).dtype
+    a, b = (float(c) if isinstance(c, int | float) else jnp.asarray(c, real) for c in (a, b))
+    return a * jnp.asarray(x, dtype) + b * jnp.asarray(y, dtype)
+
+
+def _buffer_dtype(path: Any, p: Any, accumulator_dtype: Any) -> Any:
+    dtype = p.dtype if hasattr(p, "dtype") else jnp.result_type(p)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}, but momentum "
+            "needs floating or complex ones; leave it out with optax.masked"
+        )
+    if accumulator_dtype is None:
+        return dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.promote_types(accumulator_dtype, jnp.complex64)
+    return accumulator_dtype
+
+
+def _warn_where_momentum_stalls(beta: Scalar, m: Any) -> None:
+    narrow = {leaf.dtype.name for leaf in jax.tree.leaves(m) if leaf.dtype.itemsize < 4}
+    if not narrow or isinstance(beta, Tracer) or float(beta) < _ROUNDS_AWAY:
+        return
+    warnings.warn(
+        f"momentum {float(beta):g} in a {' and '.join(sorted(narrow))} buffer stalls: rounding to "
+        "nearest drops most of each step; pass accumulator_dtype=jnp.float32",
+        stacklevel=3,
+    )
+
+
+def _is_none(node: Any) -> bool:
+    return node is None

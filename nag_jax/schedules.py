@@ -1,0 +1,179 @@
+"""Momentum schedules: functions from the integer step to the momentum.
+
+``momentum(t)`` belongs to the point where gradient number t is taken, t = 0, 1, ...: with
+``rules.nesterov`` that point is ``y_t = x_t + momentum(t) * (x_t - x_{t-1})``.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nag_jax._checks import check_range
+
+Step = Any  # a Python int or an integer array
+
+
+def sutskever(
+    max_momentum: float = 0.99,
+    *,
+    period: int = 250,
+    total_steps: int | None = None,
+    final_steps: int = 1000,
+    final_momentum: float = 0.9,
+) -> optax.Schedule:
+    r"""The schedule of Sutskever et al. 2013, section 3.
+
+    .. math:: \mu_t = \min(1 - 2^{-1 - \log_2(\lfloor t/250 \rfloor + 1)}, \mu_{\max})
+
+    that is 1/2, 3/4, 5/6, 7/8, ... for 250 steps each. The paper ends training with
+    :math:`\mu = 0.9` for the last 1000 updates, at an unchanged learning rate.
+
+    Args:
+      max_momentum: in [0, 1). The paper uses 0, 0.9, 0.99, 0.995, 0.999.
+      period: steps for each value, at least 1.
+      total_steps: length of training in steps; None: no final phase.
+      final_steps: length of the final phase in steps.
+      final_momentum: momentum of the final phase, where it is below max_momentum.
+
+    Returns:
+      A schedule step -> momentum.
+
+    Raises:
+      ValueError: for momenta outside [0, 1) or lengths below 1.
+
+    >>> momentum = nag_jax.schedules.sutskever(0.99, total_steps=5000)
+    >>> [round(float(momentum(t)), 3) for t in (0, 250, 500, 3999, 4000)]
+    [0.5, 0.75, 0.833, 0.969, 0.9]
+
+    References:
+      Sutskever, Martens, Dahl, Hinton, On the importance of initialization and momentum in deep
+      learning, ICML 2013, equation 5.
+    """
+    check_range("max_momentum", max_momentum, 0.0, 1.0)
+    check_range("final_momentum", final_momentum, 0.0, 1.0)
+    check_range("period", period, 1)
+    check_range("final_steps", final_steps, 0)
+
+    def schedule(step: Step) -> jax.Array:
+        momentum = jnp.minimum(1 - 0.5 / (step // period + 1), max_momentum)
+        if total_steps is None:
+            return momentum
+        final = jnp.minimum(momentum, final_momentum)
+        return jnp.where(step >= total_steps - final_steps, final, momentum)
+
+    return schedule
+
+
+def convex(a: float = 2.0) -> optax.Schedule:
+    r"""Nesterov's momentum for convex functions, which tends to 1: k/(k+3) for a = 2.
+
+    .. math:: \mu_t = \frac{k}{k + 1 + a}, \quad k = t - 1
+
+    With step size 1/L and a = 2, :math:`f(x_t) - f^* \le 2 L R^2 / (k^2 + 5k + 6)` after
+    k + 1 = t steps; with a > 2 the iterates converge too.
+
+    Args:
+      a: at least 2.
+
+    Returns:
+      A schedule step -> momentum; 0 at the steps 0 and 1, where there is no velocity yet.
+
+    Raises:
+      ValueError: if a is below 2.
+
+    >>> [round(float(nag_jax.schedules.convex()(t)), 3) for t in (1, 2, 3, 100)]
+    [0.0, 0.25, 0.4, 0.971]
+
+    References:
+      Chambolle, Dossal, On the convergence of the iterates of the FISTA, JOTA 166, 2015.
+      Taylor, Hendrickx, Glineur, Smooth strongly convex interpolation and exact worst-case
+      performance of first-order methods, 2016, arXiv:1512.07516.
+    """
+    check_range("a", a, 2.0)
+
+    def schedule(step: Step) -> jax.Array:
+        k = jnp.maximum(step - 1, 0)
+        return k / (k + (1 + a))
+
+    return schedule
+
+
+def strongly_convex(q: float) -> optax.Schedule:
+    r"""The constant momentum for strongly convex functions of known conditioning.
+
+    .. math:: \mu = \frac{1 - \sqrt q}{1 + \sqrt q}
+
+    Args:
+      q: strong convexity over smoothness, mu/L, in (0, 1]; not above the true one, or the rate
+        is lost. 1/q is the condition number.
+
+    Returns:
+      A schedule step -> momentum.
+
+    Raises:
+      ValueError: if q is outside (0, 1].
+
+    >>> round(nag_jax.schedules.strongly_convex(1e-4)(0), 4)
+    0.9802
+
+    References:
+      Nesterov, Introductory Lectures on Convex Optimization, 2004, section 2.2.
+    """
+    if not 0.0 < q <= 1.0:
+        raise ValueError(f"q = mu/L must be in (0, 1], got {q!r}; 1/q is the condition number")
+    root = float(q) ** 0.5
+    return optax.constant_schedule((1 - root) / (1 + root))
+
+
+def linear(
+    momentum: float,
+    *,
+    initial: float = 0.5,
+    warmup_steps: int = 0,
+    final: float = 0.0,
+    cooldown_steps: int = 0,
+    total_steps: int | None = None,
+) -> optax.Schedule:
+    """Linear warm-up to ``momentum``, a plateau, and a linear cool-down to ``final``.
+
+    Args:
+      momentum: the plateau, in [0, 1).
+      initial: momentum at step 0 if there is a warm-up, in [0, 1).
+      warmup_steps: length of the warm-up in steps; 0: none.
+      final: momentum from ``total_steps`` on if there is a cool-down, in [0, 1).
+      cooldown_steps: length of the cool-down in steps; 0: none.
+      total_steps: the step where the cool-down ends; needed with a cool-down.
+
+    Returns:
+      A schedule step -> momentum.
+
+    Raises:
+      ValueError: for momenta outside [0, 1), or lengths that are negative or do not fit into
+        total_steps.
+
+    >>> momentum = nag_jax.schedules.linear(
+    ...     0.9, initial=0.5, warmup_steps=100, final=0.5, cooldown_steps=100, total_steps=1000)
+    >>> [round(float(momentum(t)), 2) for t in (0, 50, 100, 900, 950, 1000)]
+    [0.5, 0.7, 0.9, 0.9, 0.7, 0.5]
+    """
+    for name, value in (("momentum", momentum), ("initial", initial), ("final", final)):
+        check_range(name, value, 0.0, 1.0)
+    check_range("warmup_steps", warmup_steps, 0)
+    check_range("cooldown_steps", cooldown_steps, 0)
+    if cooldown_steps and total_steps is None:
+        raise ValueError(f"cooldown_steps={cooldown_steps} needs total_steps, where it ends")
+    end = warmup_steps + cooldown_steps if total_steps is None else total_steps
+    if end < warmup_steps + cooldown_steps:
+        raise ValueError(
+            f"total_steps={total_steps} is shorter than warmup_steps + cooldown_steps = "
+            f"{warmup_steps + cooldown_steps}"
+        )
+    up = optax.constant_schedule(momentum)
+    if warmup_steps:
+        up = optax.linear_schedule(initial, momentum, warmup_steps)
+    if not cooldown_steps:
+        return up
+    down = optax.linear_schedule(momentum, final, cooldown_steps)
+    return optax.join_schedules([up, down], [end - cooldown_steps])

@@ -1,0 +1,305 @@
+"""What every optimizer of the library keeps: a new one joins by one entry in CASES."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import nag_jax
+from nag_jax import rules, schedules
+
+
+def clipped(learning_rate, momentum):
+    kernel = nag_jax.accelerate(rules.nesterov(momentum))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(learning_rate), kernel)
+
+
+class Case(NamedTuple):
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    kwargs: dict[str, Any]
+    static: tuple[str, ...] = ()  # arguments that inject_hyperparams must leave alone
+
+    def make(self, **kwargs):
+        return self.factory(**(self.kwargs | kwargs))
+
+
+HALVING = optax.exponential_decay(0.1, 50, 0.5)
+CASES = {
+    "nag": Case(nag_jax.nag, dict(learning_rate=0.1)),
+    "nag sutskever": Case(nag_jax.nag, dict(learning_rate=0.1, convention="sutskever")),
+    "nag scheduled": Case(
+        nag_jax.nag, dict(learning_rate=HALVING, momentum=schedules.sutskever(0.9, period=5))
+    ),
+    "nag sutskever scheduled": Case(
+        nag_jax.nag,
+        dict(learning_rate=HALVING, momentum=schedules.convex(), convention="sutskever"),
+    ),
+    "nag coupled": Case(nag_jax.nag, dict(learning_rate=0.1, weight_decay=0.01)),
+    "nag decoupled": Case(
+        nag_jax.nag,
+        dict(learning_rate=HALVING, weight_decay=0.01, decay="decoupled", convention="sutskever"),
+    ),
+    "nag float32 buffer": Case(
+        nag_jax.nag,
+        dict(learning_rate=0.1, accumulator_dtype=jnp.float32),
+        static=("accumulator_dtype",),
+    ),
+    "nag_then_sgd": Case(
+        nag_jax.nag_then_sgd,
+        dict(learning_rate=0.05, switch_step=20, transition_steps=5, sgd_learning_rate=0.1),
+        static=("switch_step", "transition_steps"),
+    ),
+    "clipped": Case(clipped, dict(learning_rate=0.05, momentum=0.5)),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def example_params(dtype=jnp.float32):
+    return {
+        "layers": [jnp.linspace(-1.0, 1.0, 8).reshape(8, 1).astype(dtype), None],
+        "scale": jnp.asarray(0.5, dtype),
+        "empty": {},
+    }
+
+
+def loss(params):
+    (kernel, _), scale = params["layers"], params["scale"]
+    return jnp.sum((jnp.abs(kernel) - 0.3) ** 2).real + jnp.abs(scale + 1.0) ** 2
+
+
+def step_of(optimizer, gradient=None):
+    gradient = gradient or jax.grad(loss)
+
+    def step(params, state):
+        updates, state = optimizer.update(gradient(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def run(optimizer, params, steps=12):
+    state, step = optimizer.init(params), jax.jit(step_of(optimizer))
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), jax.eval_shape(lambda: tree))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_minimizes(case, dtype):
+    conjugate = lambda params: jax.tree.map(jnp.conj, jax.grad(loss)(params))
+    optimizer = case.make()
+    params, step = example_params(dtype), jax.jit(step_of(optimizer, conjugate))
+    state, before = optimizer.init(params), loss(params)
+    for _ in range(100):
+        params, state = step(params, state)
+    assert loss(nag_jax.eval_params(params, state)) < 0.02 * before
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("params_dtype", "gradient_dtype"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"),
+     ("float32", "bfloat16"), ("float16", "float16"), ("complex64", "complex64")],
+)  # fmt: skip
+def test_state_and_update_types_are_stable(case, params_dtype, gradient_dtype):
+    optimizer = case.make()
+    params = example_params(params_dtype)
+    gradients = jax.tree.map(lambda p: jnp.ones_like(p, gradient_dtype), params)
+    state = optimizer.init(params)
+    updates, new_state = optimizer.update(gradients, state, params)
+    assert shapes(new_state) == shapes(state)
+    if "decay" not in str(case.kwargs):  # optax adds float32 params to bfloat16 gradients there
+        chex.assert_trees_all_equal_dtypes(updates, gradients)
+    body = lambda carry, _: (optimizer.update(gradients, carry, params)[1], None)
+    jax.lax.scan(body, state, length=3)
+    jax.lax.cond(True, lambda s: optimizer.update(gradients, s, params)[1], lambda s: s, state)
+
+
+@every_case
+def test_compiles_once(case):
+    optimizer, params = case.make(), example_params()
+    state = optimizer.init(params)
+    step = jax.jit(chex.assert_max_traces(step_of(optimizer), n=1))
+    for _ in range(5):
+        params, state = step(params, state)
+
+
+@every_case
+def test_scan_vmap_and_eager_agree_with_a_jitted_loop(case):
+    optimizer, params = case.make(), example_params()
+    expected, _ = run(optimizer, params)
+    step = step_of(optimizer)
+    scanned, _ = jax.jit(
+        lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=12)[0]
+    )((params, optimizer.init(params)))
+    chex.assert_trees_all_close(scanned, expected, rtol=1e-6, atol=1e-6)
+    eager, state = params, optimizer.init(params)
+    for _ in range(12):
+        eager, state = step(eager, state)
+    chex.assert_trees_all_close(eager, expected, rtol=1e-6, atol=1e-6)
+    batched = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
+    carry = batched, jax.vmap(optimizer.init)(batched)
+    for _ in range(12):
+        carry = jax.vmap(step)(*carry)
+    double, _ = run(optimizer, jax.tree.map(lambda p: 2 * p, params))
+    row = lambda i: jax.tree.map(lambda p: p[i], carry[0])
+    chex.assert_trees_all_close((row(0), row(1)), (expected, double), rtol=1e-6, atol=1e-6)
+
+
+@every_case
+def test_inject_hyperparams_gives_the_same_numbers(case):
+    if case.kwargs.get("convention") == "sutskever" and callable(case.kwargs.get("momentum")):
+        case = case._replace(kwargs=case.kwargs | {"momentum": 0.9})  # see test_rules.py
+    params = example_params()
+    expected, expected_state = run(case.make(), params)
+    injected = optax.inject_hyperparams(case.factory, static_args=case.static)(**case.kwargs)
+    actual, state = run(injected, params)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        nag_jax.eval_params(actual, state),
+        nag_jax.eval_params(expected, expected_state),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@every_case
+def test_learning_rate_set_in_the_state_is_used_without_retracing(case):
+    if callable(case.kwargs["learning_rate"]):
+        return  # optax computes a scheduled hyperparameter anew at each step
+    params = example_params()
+    inject = optax.inject_hyperparams(case.factory, static_args=case.static)
+    optimizer = inject(**case.kwargs)
+    step = jax.jit(chex.assert_max_traces(step_of(optimizer), n=1))
+    slow_params, state = step(params, optimizer.init(params))
+    faster = state._replace(hyperparams=state.hyperparams | {"learning_rate": jnp.float32(0.02)})
+    moved = lambda state: loss(step(slow_params, state)[0])
+    assert moved(faster) != moved(state)
+
+
+@every_case
+def test_extra_arguments_are_accepted(case):
+    optimizer, params = case.make(), example_params()
+    gradients = jax.grad(loss)(params)
+    plain = optimizer.update(gradients, optimizer.init(params), params)
+    extra = optimizer.update(gradients, optimizer.init(params), params, value=1.0, unknown="x")
+    chex.assert_trees_all_equal(plain, extra)
+
+
+@every_case
+def test_abstract_init(case):
+    params = example_params()
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    optimizer = case.make()
+    state = optimizer.init(params)
+    chex.assert_trees_all_equal(optimizer.init(abstract), state)
+    evaluated = jax.eval_shape(optimizer.init, abstract)
+    chex.assert_trees_all_equal_shapes_and_dtypes(evaluated, state)
+
+
+@every_case
+def test_donates_cleanly(case):  # warnings are errors: an unusable donation fails
+    optimizer = case.make()
+    params = jax.tree.map(jnp.array, example_params())
+    state = optimizer.init(params)
+    step = jax.jit(step_of(optimizer), donate_argnums=(0, 1))
+    for _ in range(3):
+        old, old_state = params, state
+        params, state = step(params, state)
+    donated = [x.is_deleted() for x in jax.tree.leaves((old, old_state.inner_state if hasattr(
+        old_state, "inner_state") else old_state)) if x.size > 1]  # fmt: skip
+    assert donated
+    assert all(donated)
+
+
+@every_case
+def test_updates_in_place(case):
+    """The compiled, donated step copies no params-sized buffer."""
+    assert not copies(case.make())
+
+
+def test_copies_are_seen_where_there_are_some():
+    def rewritten(updates, state, params=None):
+        m = jax.tree.map(lambda u, m: 0.9 * (m + u), updates, state)
+        return jax.tree.map(lambda u, m: u + m, updates, m), m
+
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    assert copies(optax.GradientTransformation(zeros, rewritten))
+
+
+def copies(optimizer):
+    """The copy instructions over whole buffers in the optimized program of one step."""
+    params = {"a": jnp.ones((257, 129)), "b": jnp.ones((33, 65))}
+    step = lambda p, s, g: step_of(optimizer, lambda _: g)(p, s)
+    arguments = params, optimizer.init(params), jax.tree.map(jnp.ones_like, params)
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().as_text()
+    return re.findall(r"f32\[(?:257,129|33,65)\]\S* copy\(.*", program)
+
+
+@every_case
+def test_sharding_is_kept(case):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    params = {"layers": [jax.device_put(jnp.ones((16, 3)), rows), None], "scale": jnp.ones([])}
+    optimizer = case.make()
+    state = optimizer.init(params)
+    step = jax.jit(step_of(optimizer))
+    for _ in range(2):
+        params, state = step(params, state)
+        big = [x for x in jax.tree.leaves((params, state)) if x.size == 48]
+        assert len(big) >= 2
+        for x in big:
+            assert x.sharding.is_equivalent_to(rows, x.ndim)
+            assert x.addressable_shards[0].data.shape == (2, 3)
+
+
+@every_case
+def test_wraps_and_is_wrapped(case):
+    params = example_params()
+    masked = optax.masked(case.make(), {"layers": True, "scale": False, "empty": True})
+    frozen = optax.chain(masked, optax.masked(optax.set_to_zero(), {
+        "layers": False, "scale": True, "empty": False}))  # fmt: skip
+    after, state = run(frozen, params)
+    assert after["scale"] == params["scale"]
+    assert nag_jax.eval_params(after, state)["scale"] == params["scale"]
+    only_layers = optax.masked(optax.set_to_zero(), {"layers": False, "scale": True, "empty": True})
+    expected, _ = run(optax.chain(only_layers, case.make()), params)
+    chex.assert_trees_all_close(after["layers"], expected["layers"], rtol=1e-6)
+    multi = optax.MultiSteps(case.make(), 3).gradient_transformation()
+    third = {"layers": [params["layers"][0], None], "scale": params["scale"], "empty": {}}
+    state, step = multi.init(third), jax.jit(multi.update)
+    for _ in range(2):
+        updates, state = step(jax.grad(loss)(third), state, third)
+        assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    updates, _ = step(jax.grad(loss)(third), state, third)
+    expected = case.make().update(jax.grad(loss)(params), case.make().init(params), params)[0]
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+
+
+@every_case
+def test_equinox_modules_and_none_gradients(case):
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimizer = case.make()
+    gradients = jax.grad(lambda p: jnp.sum(eqx.combine(p, static)(jnp.ones(2)) ** 2))(params)
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    trained = eqx.apply_updates(params, updates)
+    assert jax.tree.structure(nag_jax.eval_params(trained, state)) == jax.tree.structure(params)
+    frozen = eqx.tree_at(lambda g: g.layers[0].bias, gradients, None)
+    updates, new_state = optimizer.update(frozen, state, params)
+    assert updates.layers[0].bias is None
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
