@@ -1,5 +1,6 @@
 """The kernel: one params-sized buffer and, each step, the scalars of a rule."""
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -168,6 +169,11 @@ def _mix(a: Scalar, x: jax.Array, b: Scalar, y: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
     real = jnp.finfo(dtype).dtype
     a, b = (float(c) if isinstance(c, int | float) else jnp.asarray(c, real) for c in (a, b))
+    constant = isinstance(a, float) and isinstance(b, float)
+    if constant and a == b != 1.0 and math.frexp(a)[0] == 0.5:
+        # XLA would write a*(x + y) for a power of 2, recompute it from the old buffer where params
+        # are updated, and so copy the donated buffer first.
+        b = jax.lax.optimization_barrier(jnp.asarray(b, real))
     return a * jnp.asarray(x, dtype) + b * jnp.asarray(y, dtype)
 
 

@@ -231,6 +231,12 @@ def test_updates_in_place(case):
     assert not copies(case.make())
 
 
+@pytest.mark.parametrize("momentum", [0.5, 0.25, 0.9])
+@pytest.mark.parametrize("convention", ["optax", "sutskever"])
+def test_updates_in_place_at_powers_of_two(momentum, convention):
+    assert not copies(nag_jax.nag(0.1, momentum, convention=convention))
+
+
 def test_copies_are_seen_where_there_are_some():
     def rewritten(updates, state, params=None):
         m = jax.tree.map(lambda u, m: 0.9 * (m + u), updates, state)
