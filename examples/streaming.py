@@ -1,0 +1,151 @@
+"""Batches from shards on disk, through grain: shuffled, prefetched, checked and resumable."""
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from examples.errors import UserError
+from examples.shard_writer import write_shards as write_shards
+from examples.shards import ShardedSource as ShardedSource
+from examples.shards import open_shards as open_shards
+
+_IDENTITY = ("seed", "batch_size", "rows", "shards")
+
+
+class BatchStream(Iterator[dict[str, np.ndarray]]):
+    """An endless stream of batches of equal shape; every row comes once in each epoch.
+
+    A batch is ``batch_size`` consecutive rows of the data set, whichever shards they lie in:
+    ``x`` ``[batch, ...]`` as on disk, ``y`` ``[batch]`` int32 labels or float32 targets and
+    ``weight`` ``[batch]`` float32, 0 for a bad record (its row is zeroed) and 1 for a good one.
+    Batches, not rows, are shuffled, anew in each epoch: rows that are sorted on disk must be
+    shuffled before they are written. The last ``rows % batch_size`` rows are never used.
+
+    Args:
+      source: from ``open_shards``; its ``on_bad`` says what becomes of bad records.
+      batch_size: rows in a batch.
+      seed: of the order of the batches, 0 to 2**32 - 1.
+      num_threads: that read ahead in the background.
+      prefetch: batches read ahead; 0 reads in the calling thread.
+    """
+
+    def __init__(
+        self,
+        source: ShardedSource,
+        batch_size: int,
+        seed: int = 0,
+        num_threads: int = 1,
+        prefetch: int = 4,
+    ):
+        _check_options(source, batch_size, seed, num_threads, prefetch)
+        self.steps_per_epoch = source.rows // batch_size
+        names = [(shard.x.path.name, shard.stop) for shard in source.shards]
+        shards = zlib.crc32(repr(names).encode())
+        self._identity = dict(zip(_IDENTITY, (seed, batch_size, source.rows, shards), strict=True))
+        self._batches = 0  # handed out so far, over all epochs
+        self._bad = Counter(nan=0, label=0, shard=source.meta.rows - source.rows)
+        # .seed(seed).shuffle() and not .shuffle(seed): that adds the epoch to the seed, and
+        # the second epoch of seed 0 would be the first of seed 1.
+        blocks = grain.MapDataset.source(_Blocks(source, batch_size)).seed(seed).shuffle().repeat()
+        options = grain.ReadOptions(min(num_threads, prefetch), prefetch)
+        self._reader: Any = iter(blocks.to_iter_dataset(options))
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        before = self._reader.get_state()
+        batch, found, problem = next(self._reader)
+        if problem:  # stay before it: a checkpoint saved now must not step over it
+            self._reader.set_state(before)
+            raise UserError(problem)
+        if self._batches < self.steps_per_epoch:  # later epochs meet the same records again
+            self._bad.update(found)
+        self._batches += 1
+        return batch
+
+    @property
+    def bad_records(self) -> dict[str, int]:
+        """Rows found bad so far, each counted once: nan, label, and those of broken shards."""
+        return dict(self._bad)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch handed out, as plain JSON values."""
+        state = {"batches": self._batches, "bad": dict(self._bad)}
+        return {**self._identity, **state, "reader": dict(self._reader.get_state())}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where ``get_state`` was called; UserError if the data or options differ."""
+        for field, ours in self._identity.items():
+            if state.get(field) != ours:
+                raise UserError(
+                    f"the checkpoint's data position is of {field} {state.get(field)}, this run "
+                    f"has {ours}; use the same data and options, or a new workdir"
+                )
+        self._reader.set_state(state["reader"])
+        self._batches, self._bad = state["batches"], Counter(state["bad"])
+
+    def close(self) -> None:
+        """Ends the background threads."""
+        self._reader.close()
+
+
+def _check_options(
+    source: ShardedSource, batch_size: int, seed: int, num_threads: int, prefetch: int
+) -> None:
+    if not 1 <= batch_size <= source.rows:
+        raise UserError(f"batch_size must be 1 to {source.rows} (rows on disk), got {batch_size}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be 0 to 2**32 - 1, got {seed}")
+    if num_threads < 1 or prefetch < 0:
+        raise UserError(
+            f"need num_threads >= 1 and prefetch >= 0, got {num_threads} and {prefetch}"
+        )
+
+
+class _Blocks:
+    """The data set as a sequence of whole batches, which is what grain shuffles and reads."""
+
+    def __init__(self, source: ShardedSource, batch_size: int):
+        self._source, self._size = source, batch_size
+
+    def __len__(self) -> int:
+        return self._source.rows // self._size
+
+    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, int], str]:
+        """A batch, its bad records by kind, and what to refuse it for.
+
+        The last is returned, not raised: grain's position is wrong by one after an exception.
+        """
+        start = index * self._size
+        try:
+            x, y = self._source.read(start, start + self._size)
+        except UserError as error:
+            return {}, {}, str(error)
+        nan, label = _find_bad(x, y, self._source.meta.classes)
+        bad = nan | label
+        problem = ""
+        if bad.any():
+            if self._source.on_bad == "refuse":
+                problem = self._describe(start, int(bad.argmax()), nan, y)
+            x[bad], y[bad] = 0, 0
+        y = y.astype(np.int32) if self._source.meta.classes else y
+        batch = {"x": x, "y": y, "weight": (~bad).astype(np.float32)}
+        return batch, {"nan": int(nan.sum()), "label": int(label.sum())}, problem
+
+    def _describe(self, start: int, position: int, nan: np.ndarray, y: np.ndarray) -> str:
+        shard, row = self._source.locate(start + position)
+        if nan[position]:
+            return f"{shard.x.path}: row {row}, or its target in {shard.y.path.name}, is not finite"
+        last = self._source.meta.classes - 1
+        return f"{shard.y.path}: row {row} has label {y[position]}, need 0 to {last}"
+
+
+def _find_bad(x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows are not finite, and which others have a label out of range."""
+    finite = np.isfinite(y)
+    if x.dtype.kind == "f":
+        finite &= np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+    wrong = (y < 0) | (y >= classes) if classes else np.zeros(len(y), bool)
+    return ~finite, wrong & finite
