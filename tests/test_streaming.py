@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import streaming as benchmark
 from examples.errors import UserError
 from examples.shards import ShardedSource
 from examples.streaming import BatchStream, open_shards, write_shards
@@ -562,3 +563,16 @@ def test_a_full_disk_is_a_user_error_and_leaves_no_data_set(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with pytest.raises(UserError, match="not a data set"):
         open_shards(tmp_path)
+
+
+def test_the_benchmark_learns_and_reports_memory(tmp_path, monkeypatch):
+    result = tmp_path / "result.json"
+    monkeypatch.setattr("sys.argv", ["streaming", "--rows=200000", f"--result={result}"])
+    benchmark.main()
+    found = json.loads(result.read_bytes())
+    assert found["bytes_on_disk"] > 200_000 * 33 * 4
+    assert found["steps"] == 48
+    assert found["test_accuracy"] > found["teacher_accuracy"] - 0.05 > 0.7
+    for percent in ("10 %", "50 %", "100 %"):
+        assert found["memory_bytes"][percent]["VmRSS"] > found["memory_bytes"][percent]["RssAnon"]
+        assert 0 < found["python_heap_bytes"][percent] < 10_000_000
