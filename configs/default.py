@@ -7,25 +7,56 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config: Any = ConfigDict()
-    config.seed = 0  # of initialization and shuffling
+    config.seed = 0  # of initialization, shuffling, augmentation and noise
 
-    config.dataset = "digits"  # digits | fashion_mnist | mnist
-    config.data_dir = ""  # folder of the IDX files, plain or gzipped; "": where Debian puts them
-    config.batch_size = 128
-    config.eval_batch_size = 2000
+    config.task = "classification"  # classification | regression | language | adversarial
+    config.dataset = "digits"  # digits | fashion_mnist | mnist | cifar10 | diabetes | text | shards
+    config.data_dir = ""  # folder of the data's files; "": where Debian puts Fashion-MNIST
+    config.text_file = ""  # for text; "": the documentation that ships with Python
+    config.on_bad = "refuse"  # refuse | skip: what to do with bad records of shards
+    config.devices = 0  # how many of the devices to use; 0: all
+    config.batch_size = 128  # samples per update, over all devices
+    config.eval_batch_size = 1000
+    config.accumulate = 1  # micro-batches per update, one after the other
+    config.augment = ConfigDict()
+    config.augment.flip = False  # mirror left and right
+    config.augment.shift = 0  # pixels; as padding and cropping at random
+    config.augment.zoom = 0.0  # crop to a side of at least 1 - zoom and scale back
 
     config.model = ConfigDict()
-    config.model.name = "mlp"
-    config.model.hidden_sizes = (256, 128)
+    config.model.name = "mlp"  # linear | mlp | cnn | resnet | gru | dcgan
+    config.model.hidden_sizes = (256, 128)  # mlp
+    config.model.channels = (32, 64)  # cnn: of both stages; resnet: of each stage
+    config.model.hidden = 128  # cnn: dense layer; gru: state
+    config.model.blocks = 1  # resnet: per stage
+    config.model.embedding = 64  # gru
+    config.model.length = 64  # gru: characters per window
+    config.model.latent = 64  # dcgan: size of the noise
+    config.model.width = 32  # dcgan: channels next to the image
 
     config.optimizer = ConfigDict()
+    # nag | nag_then_sgd | sgd | momentum | nesterov | adam | adamw | nadam | nadamw
     config.optimizer.name = "nag"
-    config.optimizer.convention = "optax"  # optax | sutskever
+    config.optimizer.convention = "optax"  # nag: optax | sutskever
+    config.optimizer.switch_step = 1000  # nag_then_sgd: the first step of SGD
+    config.optimizer.transition_steps = 200  # nag_then_sgd: the hand-over before it
+    config.optimizer.b2 = 0.999  # adam and its relatives
     config.learning_rate = 0.05  # the peak of the schedule
-    config.momentum = 0.9
+    config.momentum = 0.9  # b1 of adam and its relatives
+    config.momentum_schedule = "constant"  # constant | sutskever | convex | linear (over warm-up)
     config.weight_decay = 0.0  # of weight matrices, not of biases
-    config.decay = "coupled"  # coupled | decoupled
+    config.decay = "coupled"  # coupled | decoupled, for nag
+    config.clip_norm = 0.0  # largest global norm of the gradient; 0: no limit
     config.schedule = "cosine"  # constant | cosine: down to 0 at the end
     config.warmup_epochs = 1.0  # linear, from 0
     config.num_epochs = 30
+    config.nonfinite = "stop"  # stop | skip: what to do with a step whose gradient is not finite
+
+    config.scan = True  # many steps in one program; slow for convolutions on CPU
+    config.log_every = 100  # steps
+    config.eval_every = 1  # epochs
+    config.checkpoint_every = 0  # steps; 0: at the end of each epoch
+    config.keep = 3  # newest checkpoints
+    config.keep_best = True  # the one with the best test result as well
+    config.tensorboard = True
     return config

@@ -15,4 +15,6 @@ def get_config() -> ConfigDict:
     config.model.name = "mlp"
     config.model.hidden_sizes = (256, 128)
     config.weight_decay = 5e-4
+    config.log_every = 0
+    config.checkpoint_every = 110
     return config

@@ -1,146 +1,46 @@
-"""Real data sets, read from files or from a package; every defect is named with its file."""
+"""Data sets that fit in memory, as arrays; those that do not are read by ``streaming.py``."""
 
-import gzip
-import math
-import struct
-from collections.abc import Iterator
+import pydoc_data.topics
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from examples.errors import UserError
+from examples.readers import read_cifar, read_idx, read_text
 
-_CHUNK = 1 << 20
-_GZIP_RATIO = 1040  # deflate cannot expand by more
 _DEBIAN = Path("/usr/share/datasets")
-_HOW_TO_GET = {
-    "fashion_mnist": "on Debian: apt-get install dataset-fashion-mnist; else fetch the four files "
-    "of Fashion-MNIST and pass their folder with --config.data_dir=FOLDER",
-    "mnist": "fetch the four IDX files of MNIST and pass their folder with "
-    "--config.data_dir=FOLDER",
-}
-
-
-class Split(NamedTuple):
-    """Images ``[n, height, width, channels]`` uint8 and their labels ``[n]`` int32."""
-
-    images: np.ndarray
-    labels: np.ndarray
+_DIGITS = tuple("0123456789")
+_FASHION = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag")
+_FASHION = (*_FASHION, "Ankle boot")
+_CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class Dataset(NamedTuple):
-    """Both splits, and what the model needs to know about them."""
+    """Two splits, each a dict of arrays with the samples along the first axis.
 
-    train: Split
-    test: Split
-    class_names: tuple[str, ...]
-    mean: float  # of the training images, in the units of the images
-    std: float
-
-
-def load(name: str, data_dir: str = "") -> Dataset:
-    """Loads data set ``name``; UserError if it is unknown, missing or broken."""
-    if name == "digits":
-        return _digits()
-    if name not in _HOW_TO_GET:
-        known = ", ".join(["digits", *_HOW_TO_GET])
-        raise UserError(f"config.dataset must be one of {known}, got {name!r}")
-    folder = Path(data_dir) if data_dir else _DEBIAN / name.replace("_", "-")
-    train, test = _idx_split(folder, "train", name), _idx_split(folder, "t10k", name)
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise UserError(
-            f"{folder}: training images are {train.images.shape[1:3]}, test images "
-            f"{test.images.shape[1:3]}: the files are of different data sets"
-        )
-    return _describe(train, test, _class_names(name))
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Reads one IDX file of unsigned bytes, plain or gzipped, without trusting its header.
-
-    Raises:
-      UserError: if the file is missing, is not IDX, is damaged, or is not as long as it says.
+    Classification: ``x`` uint8 images ``[n, height, width, channels]``, ``y`` int32 ``[n]``.
+    Regression: ``x`` float32 ``[n, features]``, ``y`` float32 ``[n]``, both standardized.
+    Text: ``x`` int32 ``[n, length + 1]``, indices into ``names``.
     """
-    try:
-        with _open(path) as file:
-            return _parse_idx(path, file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    train: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    names: tuple[str, ...]  # of the classes, or the characters
+    mean: float = 0.0  # of the training images
+    std: float = 1.0
 
 
-def _open(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if zipped else path.open("rb")  # type: ignore[return-value]
+def load(config: Any) -> Dataset:
+    """The data set that ``config.dataset`` names; UserError if it is unknown or broken."""
+    if config.dataset not in _LOADERS:
+        known = ", ".join([*_LOADERS, "shards"])
+        raise UserError(f"config.dataset must be one of {known}, got {config.dataset!r}")
+    return _LOADERS[config.dataset](config)
 
 
-def _parse_idx(path: Path, file: BinaryIO) -> np.ndarray:
-    header = file.read(4)
-    if len(header) < 4 or header[:2] != b"\0\0" or not 1 <= header[3] <= 4:
-        raise UserError(f"{path}: not an IDX file (starts with {header.hex() or 'nothing'})")
-    if header[2] != 8:
-        raise UserError(f"{path}: IDX data type 0x{header[2]:02x}, need 0x08 (unsigned bytes)")
-    sizes = file.read(4 * header[3])
-    if len(sizes) < 4 * header[3]:
-        raise UserError(f"{path}: ends within its header; fetch it again")
-    shape = struct.unpack(f">{header[3]}I", sizes)
-    expected = math.prod(shape)
-    zipped = isinstance(file, gzip.GzipFile)
-    limit = path.stat().st_size * (_GZIP_RATIO if zipped else 1)
-    if expected > limit:
-        raise UserError(
-            f"{path}: its header promises {expected} bytes of data {shape}, more than the file "
-            "can hold; it is truncated or not IDX"
-        )
-    found = b"".join(_chunks(file, expected + 1))
-    if len(found) != expected:
-        more = "more" if len(found) > expected else f"only {len(found)}"
-        raise UserError(
-            f"{path}: its header promises {expected} bytes of data {shape}, it holds {more}; "
-            "fetch it again"
-        )
-    return np.frombuffer(found, np.uint8).reshape(shape)
-
-
-def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    while size > 0 and (chunk := file.read(min(size, _CHUNK))):
-        size -= len(chunk)
-        yield chunk
-
-
-def _idx_split(folder: Path, prefix: str, name: str) -> Split:
-    images_path = _find(folder, f"{prefix}-images-idx3-ubyte", name)
-    labels_path = _find(folder, f"{prefix}-labels-idx1-ubyte", name)
-    images, labels = read_idx(images_path), read_idx(labels_path)
-    if images.ndim != 3 or 0 in images.shape:
-        raise UserError(f"{images_path}: need images [n, height, width], got {images.shape}")
-    if labels.shape != images.shape[:1]:
-        raise UserError(
-            f"{labels_path}: need one label for each of {len(images)} images in "
-            f"{images_path.name}, got shape {labels.shape}"
-        )
-    classes = len(_class_names(name))
-    if labels.max() >= classes:
-        where = int(np.argmax(labels >= classes))
-        raise UserError(
-            f"{labels_path}: label {labels[where]} at position {where}, need 0 to {classes - 1}"
-        )
-    return Split(images[..., None], labels.astype(np.int32))
-
-
-def _find(folder: Path, stem: str, name: str) -> Path:
-    for candidate in (folder / stem, folder / f"{stem}.gz"):
-        if candidate.exists():
-            return candidate
-    raise UserError(f"{folder / stem}[.gz]: no such file; {_HOW_TO_GET[name]}")
-
-
-def _digits() -> Dataset:
+def _digits(config: Any) -> Dataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -152,17 +52,134 @@ def _digits() -> Dataset:
         stratify=digits.target,
         random_state=0,
     )
-    train, test = Split(parts[0], parts[2]), Split(parts[1], parts[3])
-    return _describe(train, test, _class_names("digits"))
+    return _images(dict(x=parts[0], y=parts[2]), dict(x=parts[1], y=parts[3]), _DIGITS)
 
 
-def _describe(train: Split, test: Split, class_names: tuple[str, ...]) -> Dataset:
-    mean, std = float(train.images.mean()), float(train.images.std())
-    return Dataset(train, test, class_names, mean, max(std, 1e-6))
+def _mnist_like(name: str, names: tuple[str, ...], how_to_get: str) -> Callable[[Any], Dataset]:
+    def split(folder: Path, prefix: str) -> dict[str, np.ndarray]:
+        try:
+            return read(folder, prefix)
+        except UserError as error:
+            raise UserError(f"{error}; {how_to_get}") from None
+
+    def read(folder: Path, prefix: str) -> dict[str, np.ndarray]:
+        x_path = _find(folder, f"{prefix}-images-idx3-ubyte")
+        y_path = _find(folder, f"{prefix}-labels-idx1-ubyte")
+        x, y = read_idx(x_path), read_idx(y_path)
+        if x.ndim != 3 or 0 in x.shape:
+            raise UserError(f"{x_path}: need images [n, height, width], got {x.shape}")
+        if y.shape != x.shape[:1]:
+            raise UserError(
+                f"{y_path}: need one label for each of {len(x)} images in {x_path.name}, got "
+                f"shape {y.shape}"
+            )
+        _check_labels(y_path, y, len(names))
+        return dict(x=x[..., None], y=y.astype(np.int32))
+
+    def load(config: Any) -> Dataset:
+        folder = Path(config.data_dir) if config.data_dir else _DEBIAN / name
+        train, test = split(folder, "train"), split(folder, "t10k")
+        if train["x"].shape[1:] != test["x"].shape[1:]:
+            raise UserError(
+                f"{folder}: training images are {train['x'].shape[1:3]}, test images "
+                f"{test['x'].shape[1:3]}: the files are of different data sets"
+            )
+        return _images(train, test, names)
+
+    return load
 
 
-def _class_names(name: str) -> tuple[str, ...]:
-    if name == "fashion_mnist":
-        text = "T-shirt,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-        return tuple(text.split(","))
-    return tuple("0123456789")
+def _cifar10(config: Any) -> Dataset:
+    how_to_get = (
+        "fetch cifar-10-binary.tar.gz, unpack it and pass the folder of its .bin files with "
+        "--config.data_dir=FOLDER"
+    )
+
+    def split(names: list[str]) -> dict[str, np.ndarray]:
+        parts = []
+        for name in names:
+            try:
+                path = _find(Path(config.data_dir), name)
+                parts.append(read_cifar(path))
+                _check_labels(path, parts[-1][1], len(_CIFAR))
+            except UserError as error:
+                raise UserError(f"{error}; {how_to_get}") from None
+        x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return dict(x=x, y=y)
+
+    train = split([f"data_batch_{i}.bin" for i in range(1, 6)])
+    return _images(train, split(["test_batch.bin"]), _CIFAR)
+
+
+def _diabetes(config: Any) -> Dataset:
+    from sklearn.datasets import load_diabetes
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_diabetes(return_X_y=True, scaled=False)
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=89, random_state=0)
+    standard = lambda a, train: ((a - train.mean(0)) / train.std(0)).astype(np.float32)
+    return Dataset(
+        train=dict(x=standard(x_train, x_train), y=standard(y_train, y_train)),
+        test=dict(x=standard(x_test, x_train), y=standard(y_test, y_train)),
+        names=(),
+    )
+
+
+def _text(config: Any) -> Dataset:
+    if config.text_file:
+        text, source = read_text(Path(config.text_file)), config.text_file
+    else:
+        text, source = "\n".join(pydoc_data.topics.topics.values()), "Python's documentation"
+    names = tuple(sorted(set(text)))
+    lookup = {character: index for index, character in enumerate(names)}
+    codes = np.array([lookup[character] for character in text], np.int32)
+    length, cut = config.model.length, int(0.9 * len(codes))
+    train, test = (_windows(part, length) for part in (codes[:cut], codes[cut:]))
+    if not len(train) or not len(test):
+        raise UserError(
+            f"{source}: {len(text)} characters are too few for windows of "
+            f"config.model.length={length}"
+        )
+    return Dataset(dict(x=train), dict(x=test), names)
+
+
+def _windows(codes: np.ndarray, length: int) -> np.ndarray:
+    """Each character is predicted once, from those before it in its window."""
+    count = max(len(codes) - 1, 0) // length
+    starts = length * np.arange(count)[:, None]
+    return codes[starts + np.arange(length + 1)]
+
+
+def _images(
+    train: dict[str, np.ndarray], test: dict[str, np.ndarray], names: tuple[str, ...]
+) -> Dataset:
+    mean, std = float(train["x"].mean()), float(train["x"].std())
+    return Dataset(train, test, names, mean, max(std, 1e-6))
+
+
+def _check_labels(path: Path, y: np.ndarray, classes: int) -> None:
+    if y.max(initial=0) >= classes:
+        where = int(np.argmax(y >= classes))
+        raise UserError(f"{path}: label {y[where]} at position {where}, need 0 to {classes - 1}")
+
+
+def _find(folder: Path, stem: str) -> Path:
+    for candidate in (folder / stem, folder / f"{stem}.gz"):
+        if candidate.exists():
+            return candidate
+    raise UserError(f"{folder / stem}[.gz]: no such file")
+
+
+_FETCH = "fetch the four IDX files of {} and pass their folder with --config.data_dir=FOLDER"
+_LOADERS = {
+    "digits": _digits,
+    "fashion_mnist": _mnist_like(
+        "fashion-mnist",
+        _FASHION,
+        "on Debian: apt-get install dataset-fashion-mnist; else " + _FETCH.format("Fashion-MNIST"),
+    ),
+    "mnist": _mnist_like("mnist", _DIGITS, _FETCH.format("MNIST")),
+    "cifar10": _cifar10,
+    "diabetes": _diabetes,
+    "text": _text,
+}

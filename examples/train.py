@@ -1,240 +1,286 @@
-"""Trains a Flax model with NAG: ``python -m examples.train --config=CONFIG --workdir=FOLDER``."""
+"""Trains a Flax model: ``python -m examples.train --config=CONFIG --workdir=FOLDER``.
+
+The same command again goes on from the newest checkpoint, to the same numbers bit for bit.
+"""
 
 import ast
-import functools
 import json
-import math
 import os
+import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import app, flags, logging
-from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import config_flags
-from rich.progress import track
 
 import nag_jax
-from examples import data, models, plots
+from examples import data, feeds, optimizer, plots, steps, tasks
+from examples.checkpoints import Checkpoints
 from examples.errors import UserError
+from examples.reporting import Reporter, Row, describe
+
+_FREE = {
+    "data_dir",
+    "devices",
+    "checkpoint_every",
+    "keep",
+    "tensorboard",
+}  # may change when a run goes on
 
 
-class TrainState(NamedTuple):
-    """Everything that changes during training."""
-
-    params: Any  # where gradients are taken
-    opt_state: Any
+class Interrupted(Exception):
+    """Raised after a signal, when everything is saved."""
 
 
-class Metrics(NamedTuple):
-    """Sums over samples, so that they add up over batches."""
+def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
+    """Trains as ``config`` says and returns the rows of ``metrics.jsonl``.
 
-    loss: jax.Array
-    correct: jax.Array
-    samples: jax.Array
-
-
-def make_optimizer(config: Any, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that the config describes, its schedule counted in steps."""
-    total_steps = config.num_epochs * steps_per_epoch
-    warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
-    if config.schedule == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, config.learning_rate, warmup_steps, max(total_steps, warmup_steps + 1)
-        )
-    elif config.schedule == "constant":
-        rate = optax.warmup_constant_schedule(0.0, config.learning_rate, warmup_steps)
-    else:
-        raise UserError(f"config.schedule must be one of constant, cosine, got {config.schedule!r}")
-    if config.optimizer.name != "nag":
-        raise UserError(f"config.optimizer.name must be nag, got {config.optimizer.name!r}")
-    try:
-        nag_jax.nag(config.learning_rate, config.momentum)  # a schedule hides a bad peak
-        return nag_jax.nag(
-            rate,
-            config.momentum,
-            convention=config.optimizer.convention,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=functools.partial(jax.tree.map, lambda p: p.ndim > 1),
-            decay=config.decay,
-        )
-    except ValueError as error:
-        raise UserError(f"config: {error}") from None
-
-
-def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """Trains as ``config`` says and returns the metrics of every epoch.
-
-    Writes ``config.json``, ``metrics.jsonl`` and ``curves.png`` into ``workdir``. A run that is
-    finished there is not repeated.
+    ``workdir`` gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, at the end,
+    plots. A run that is finished there is not repeated; an interrupted one goes on.
     """
     check(config)
-    dataset = data.load(config.dataset, config.data_dir)
-    steps_per_epoch = len(dataset.train.labels) // config.batch_size
-    if not steps_per_epoch:
-        raise UserError(
-            f"config.batch_size={config.batch_size} is more than the "
-            f"{len(dataset.train.labels)} training samples of {config.dataset}"
-        )
-    optimizer = make_optimizer(config, steps_per_epoch)
-    workdir = Path(workdir)
-    finished = claim(workdir, config)
-    if finished:
-        print(f"{workdir}: finished before; {describe(finished[-1])}")
-        return finished
+    replicated, constrain = over_devices(config)
+    if config.dataset == "shards":
+        dataset, source = feeds.open_stream(config)
+        feed = feeds.StreamFeed(config, source, dataset.train)
+    else:
+        dataset = data.load(config)
+        feed = feeds.MemoryFeed(config, dataset, replicated)
+    steps_per_epoch = feed.steps_per_epoch
+    total = config.num_epochs * steps_per_epoch
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    task = tasks.make(config, dataset, init_key)
+    maker = optimizer.make(config, steps_per_epoch, total)
+    test = jax.device_put(dataset.test, replicated)
+    state = steps.initial_state(task, maker.transformation, run_key, feed.samples)
+    state = jax.device_put(state, replicated)
 
-    init_key, shuffle_key = jax.random.split(jax.random.key(config.seed))
-    graph, params, rest = make_model(config, dataset, init_key)
-    apply = lambda params, images: nnx.merge(graph, params, rest, copy=True)(
-        (images.astype(jnp.float32) - dataset.mean) / dataset.std
+    workdir = claim(Path(workdir), config)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
+    history: list[Row] = []
+    if restored := checkpoints.restore(state):
+        refuse_other(workdir, restored.meta["config"], config)
+        state, history = restored.state, restored.meta["history"]
+        feed.set_state(restored.meta["data"])
+        if restored.step == total:
+            print(f"{workdir}: finished before; {describe(history[-1])}")
+            if not (workdir / "curves.png").exists():  # killed just before the plots
+                plots.save_curves(workdir / "curves.png", history)
+            return history
+        print(f"{workdir}: going on from step {restored.step}", flush=True)
+
+    update = steps.make_update(task, maker.transformation, config.accumulate, constrain)
+    feed.compile(update)
+    evaluate = steps.make_evaluate(task, config.eval_batch_size)
+    refresh = steps.make_refresh(task, config.batch_size)
+    best = Checkpoints(workdir / "best", 1) if config.keep_best else None
+    reporter = Reporter(workdir, task, history, total, config.tensorboard)
+    stop = StopRequest()
+    step = int(state.step)
+
+    def save() -> None:
+        reporter.flush()
+        refuse_nonfinite(config, state, step)
+        meta = {"config": config.to_dict(), "history": reporter.history}
+        meta["data"] = feed.get_state()
+        checkpoints.save(step, state, json.loads(json.dumps(meta)))
+        if best is not None and is_best(task, reporter.history, step):
+            best.save(step, state, {"row": reporter.history[-1]})
+
+    try:
+        while step < total:
+            end = next_stop(config, step, steps_per_epoch, total)
+            while step < end and not stop.requested:
+                n = feed.stride or end - step
+                state = feed.advance(state, step, n)
+                step += n
+            reporter.advance(step, config.batch_size)
+            if step < end:
+                save()
+                raise Interrupted(f"stopped at step {step} of {total}")
+            epoch_ends = step % steps_per_epoch == 0
+            evaluating = epoch_ends and step // steps_per_epoch % config.eval_every == 0
+            if evaluating or step == total or (config.log_every and step % config.log_every == 0):
+                row = {"step": step, "epoch": step / steps_per_epoch}
+                row |= maker.hyperparameters(step - 1) | feed.counters()
+                sums = {"train_": state.sums}
+                state = state._replace(sums=jax.tree.map(jnp.zeros_like, state.sums))
+                if evaluating or step == total:
+                    params = evaluation_params(state)
+                    sums["test_"] = evaluate(params, refresh(params, feed.samples), test)
+                    sums["params_"] = evaluate(state.params, state.rest, test)
+                    plots.save_progress(
+                        workdir, task, params, state.rest, round(step / steps_per_epoch)
+                    )
+                reporter.add(row, sums)
+            if step == total or stop.requested or (
+                step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
+            ):  # fmt: skip
+                save()
+            if stop.requested and step < total:
+                raise Interrupted(f"stopped at step {step} of {total}")
+        reporter.finish()
+        params = evaluation_params(state)
+        plots.save_results(workdir, task, params, refresh(params, feed.samples), test)
+    finally:
+        stop.restore()
+        feed.close()
+        reporter.close()
+        checkpoints.wait()
+        if best is not None:
+            best.wait()
+    return reporter.history
+
+
+def evaluation_params(state: steps.TrainState) -> Any:
+    """The iterate of NAG; other optimizers keep it as their params."""
+    states = jax.tree.leaves(
+        state.opt_state, is_leaf=lambda s: isinstance(s, nag_jax.AccelerateState)
     )
-    train_epoch, test = make_epoch(apply, optimizer, config.batch_size), make_test(apply)
-    state = TrainState(params, optimizer.init(params))
-    train_data, test_data = jax.device_put((dataset.train, dataset.test))
+    if any(isinstance(s, nag_jax.AccelerateState) for s in states):
+        return nag_jax.eval_params(state.params, state.opt_state)
+    return state.params
 
-    history = []
-    epochs = range(1, config.num_epochs + 1)
-    with (workdir / "metrics.jsonl").open("w") as log:
-        for epoch in track(epochs, "training", disable=not sys.stderr.isatty(), transient=True):
-            start = time.perf_counter()
-            key = jax.random.fold_in(shuffle_key, epoch)
-            state, train_metrics = train_epoch(state, train_data, key)
-            evaluated = nag_jax.eval_params(state.params, state.opt_state)
-            test_metrics = test(evaluated, test_data, config.eval_batch_size)
-            row = {"epoch": epoch, "step": epoch * steps_per_epoch}
-            row |= summarize("train", train_metrics) | summarize("test", test_metrics)
-            if not math.isfinite(row["train_loss"]):
-                raise UserError(
-                    f"the loss is {row['train_loss']} in epoch {epoch}; try a smaller "
-                    f"--config.learning_rate than {config.learning_rate:g}"
-                )
-            history.append(row)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            print(f"{describe(row)}, {time.perf_counter() - start:.2f} s", flush=True)
-    plots.save_curves(workdir / "curves.png", history)
-    return history
+
+def next_stop(config: Any, step: int, steps_per_epoch: int, total: int) -> int:
+    """The next step where something is logged, evaluated or saved.
+
+    Always on the same grid, however often a run was interrupted: so the compiled programs are the
+    same, and the numbers with them.
+    """
+    after = lambda period: (step // period + 1) * period
+    periods = [steps_per_epoch, config.log_every, config.checkpoint_every]
+    return min(total, *(after(period) for period in periods if period))
+
+
+def is_best(task: tasks.Task, history: list[Row], step: int) -> bool:
+    name = f"test_{task.score}"
+    results = [row[name] for row in history if name in row]
+    if not results or history[-1]["step"] != step or name not in history[-1]:
+        return False
+    sign = 1 if task.higher_is_better else -1
+    return len(results) == 1 or sign * results[-1] > max(sign * r for r in results[:-1])
+
+
+def refuse_nonfinite(config: Any, state: steps.TrainState, step: int) -> None:
+    skipped = int(state.skipped)
+    if skipped and config.nonfinite == "stop":
+        raise UserError(
+            f"the loss or its gradient was not finite in {skipped} steps before step {step}; the "
+            f"last checkpoint is from before; try, in another --workdir, a learning rate below "
+            f"{config.learning_rate:g}, --config.clip_norm=1.0, or --config.nonfinite=skip"
+        )
+
+
+def over_devices(config: Any) -> tuple[NamedSharding, Any]:
+    """Where whole arrays go, and what splits a batch over all devices."""
+    devices = jax.devices()[: config.devices or None]
+    mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    constrain = lambda batch: jax.lax.with_sharding_constraint(batch, rows)
+    return NamedSharding(mesh, PartitionSpec()), constrain
 
 
 def check(config: Any) -> None:
     """Refuses values that no run can use, before anything is read or written."""
-    for name in ("batch_size", "eval_batch_size", "num_epochs"):
-        if config[name] < 1:
-            raise UserError(f"config.{name} must be at least 1, got {config[name]}")
-    if not config.warmup_epochs >= 0:
-        raise UserError(f"config.warmup_epochs must be at least 0, got {config.warmup_epochs}")
+    at_least = dict.fromkeys(("batch_size", "eval_batch_size", "num_epochs", "accumulate"), 1)
+    at_least |= dict.fromkeys(("eval_every", "keep"), 1)
+    at_least |= dict.fromkeys(("warmup_epochs", "clip_norm", "log_every", "checkpoint_every"), 0)
+    for name, low in at_least.items():
+        if not low <= config[name] < 2**31:
+            raise UserError(f"config.{name} must be at least {low}, got {config[name]}")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed must be in [0, 2**32), got {config.seed}")
+    for name in ("hidden_sizes", "channels"):
+        if not all(isinstance(n, int) and n > 0 for n in config.model[name]):
+            raise UserError(f"config.model.{name} must be positive ints, got {config.model[name]}")
+    for name in ("hidden", "blocks", "embedding", "length", "latent", "width"):
+        if config.model[name] < 1:
+            raise UserError(f"config.model.{name} must be at least 1, got {config.model[name]}")
+    if not (config.augment.shift >= 0 and 0 <= config.augment.zoom < 1):
+        raise UserError("config.augment needs shift >= 0 and zoom in [0, 1)")
+    for name, choices in (("nonfinite", ("stop", "skip")), ("on_bad", ("refuse", "skip"))):
+        if config[name] not in choices:
+            raise UserError(f"config.{name} must be one of {choices}, got {config[name]!r}")
+    if not 0 <= config.devices <= jax.device_count():
+        raise UserError(
+            f"config.devices must be in [0, {jax.device_count()}], got {config.devices}"
+        )
+    devices, parts = config.devices or jax.device_count(), config.accumulate
+    if config.batch_size % (devices * parts):
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be split evenly over {devices} devices "
+            f"with config.accumulate={parts}; make it a multiple of {devices * parts}"
+        )
 
 
-def claim(workdir: Path, config: Any) -> list[dict[str, float]]:
-    """Makes ``workdir`` this run's own; returns its metrics if it is finished already."""
+def claim(workdir: Path, config: Any) -> Path:
+    """Makes ``workdir`` this run's own, or refuses it if it holds another."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        text = config.to_json(indent=2, sort_keys=True)
         path = workdir / "config.json"
-        if path.exists() and path.read_text() != text:
-            raise UserError(
-                f"{workdir} holds a run of another config (see {path.name} there); choose "
-                "another --workdir or remove it"
-            )
-        path.write_text(text)
-        log = workdir / "metrics.jsonl"
-        rows = [json.loads(row) for row in log.read_text().splitlines()] if log.exists() else []
+        # Without a checkpoint there is nothing to lose: a run that failed early may be mended.
+        if path.exists() and any(workdir.glob("checkpoints/[0-9]*")):
+            refuse_other(workdir, json.loads(path.read_text()), config)
+            return workdir
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
+        temporary.rename(path)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be used: {error.strerror}") from None
-    except json.JSONDecodeError:
-        return []  # killed while it wrote
-    return rows if len(rows) == config.num_epochs else []
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{workdir}/config.json: damaged ({error}); choose another --workdir"
+        ) from None
+    return workdir
 
 
-def make_model(config: Any, dataset: data.Dataset, key: jax.Array) -> tuple[nnx.GraphDef, Any, Any]:
-    """The model, split into its definition, its parameters and the rest of its state."""
-    if config.model.name != "mlp":
-        raise UserError(f"config.model.name must be mlp, got {config.model.name!r}")
-    inputs = math.prod(dataset.train.images.shape[1:])
-    model = models.MLP(
-        inputs, config.model.hidden_sizes, len(dataset.class_names), rngs=nnx.Rngs(key)
-    )
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return graph, params, rest
+def refuse_other(workdir: Path, saved: dict[str, Any], config: Any) -> None:
+    """UserError if the saved config is of another run, naming the first field that differs."""
+    ours, theirs = flatten(json.loads(config.to_json())), flatten(saved)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in _FREE and ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{workdir} holds a run of another config: there config.{name} is "
+                f"{theirs.get(name)!r}, here {ours.get(name)!r}; choose another --workdir or "
+                "remove that one"
+            )
 
 
-def make_epoch(
-    apply: Callable, optimizer: optax.GradientTransformationExtraArgs, batch_size: int
-) -> Callable:
-    """One epoch as one program: ``(state, train split, key) -> (state, Metrics)``, donating."""
-
-    def loss_fn(params: Any, batch: data.Split) -> tuple[jax.Array, Metrics]:
-        logits = apply(params, batch.images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return losses.mean(), count(logits, losses, batch.labels, jnp.ones_like(losses))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_epoch(
-        state: TrainState, train: data.Split, key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        steps = len(train.labels) // batch_size
-        order = jax.random.permutation(key, len(train.labels))
-        order = order[: steps * batch_size].reshape(steps, batch_size)
-
-        def step(state: TrainState, indices: jax.Array) -> tuple[TrainState, Metrics]:
-            batch = jax.tree.map(lambda x: x[indices], train)
-            gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch)
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
-
-        state, metrics = jax.lax.scan(step, state, order)
-        return state, jax.tree.map(jnp.sum, metrics)
-
-    return train_epoch
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
-def make_test(apply: Callable) -> Callable:
-    """``(params, test split, batch_size) -> Metrics`` over every sample, the last ones padded."""
+class StopRequest:
+    """Notes Ctrl-C and SIGTERM, so that the loop can save first; a second Ctrl-C stops at once."""
 
-    @jax.jit
-    def test_batch(params: Any, batch: data.Split, mask: jax.Array) -> Metrics:
-        logits = apply(params, batch.images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return count(logits, losses, batch.labels, mask)
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: signals are somebody else's
+                return
 
-    def test(params: Any, split: data.Split, batch_size: int) -> Metrics:
-        size = len(split.labels)
-        batch_size = min(batch_size, size)
-        total = Metrics(*jnp.zeros(3))
-        for start in range(0, size, batch_size):
-            indices = jnp.arange(start, start + batch_size)
-            batch = jax.tree.map(lambda x: x[jnp.minimum(indices, size - 1)], split)  # noqa: B023
-            total = jax.tree.map(jnp.add, total, test_batch(params, batch, indices < size))
-        return total
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    return test
-
-
-def count(logits: jax.Array, losses: jax.Array, labels: Any, mask: jax.Array) -> Metrics:
-    """The sums over the samples of a batch where ``mask`` is true."""
-    correct = (logits.argmax(-1) == labels) * mask
-    return Metrics(jnp.sum(losses * mask), correct.sum(), mask.sum())
-
-
-def summarize(split: str, metrics: Metrics) -> dict[str, float]:
-    """Mean loss, and accuracy in percent."""
-    loss, correct, samples = (float(x) for x in jax.device_get(metrics))
-    return {f"{split}_loss": loss / samples, f"{split}_accuracy": 100 * correct / samples}
-
-
-def describe(row: dict[str, float]) -> str:
-    """One line for people and for grep."""
-    losses = "".join(
-        f", {split}_loss: {row[f'{split}_loss']:.4f}, "
-        f"{split}_accuracy: {row[f'{split}_accuracy']:.2f}"
-        for split in ("train", "test")
-    )
-    return f"epoch: {row['epoch']:3d}{losses}"
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -246,8 +292,10 @@ def parse_flags(arguments: list[str]) -> list[str]:
         return rest
     except Exception as error:  # ml_collections raises many kinds for a wrong field or value
         message = str(error)
-        if message.startswith("'"):  # ml_collections repeats the text of a KeyError
-            message = ast.literal_eval(message).replace("\n", " is no field: ")
+        if message[:1] in ("'", '"'):  # ml_collections repeats the text of a KeyError
+            name, _, hint = ast.literal_eval(message).partition("\n")
+            hint = hint or "configs/default.py lists all fields"
+            message = f"the config has no field {name}; {hint}"
         sys.exit(f"error: {' '.join(message.split())}")
 
 
@@ -258,12 +306,14 @@ def main(arguments: list[str]) -> None:
         train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except Interrupted as interrupted:
+        sys.exit(f"{interrupted}; saved; the same command goes on from there")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command starts this run again")
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "File with the run's config.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder for the run's metrics and curves.")
+    flags.DEFINE_string("workdir", None, "Folder for the run's metrics and checkpoints.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

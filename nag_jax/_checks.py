@@ -24,7 +24,9 @@ def check_range(
     allowed = f"{'(' if low_open else '['}{low:g}, {high:g})"
     advice = f"; {hint}" if hint else ""
     try:
-        number = float(value * 1.0)  # the product refuses text, which float() would parse
+        if isinstance(value, str):  # which float() would parse
+            raise TypeError
+        number = float(value)
     except (TypeError, ValueError):
         raise ValueError(
             f"{name} must be a number in {allowed} or a schedule, got {value!r}{advice}"

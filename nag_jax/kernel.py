@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from nag_jax.rules import Rule, Scalar
 
-_ROUNDS_AWAY = 0.98  # from this momentum on, nearest rounding below 32 bits loses over 5 %
+_STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
 
 
 class AccelerateState(NamedTuple):
@@ -63,10 +63,11 @@ def accelerate(
     ['0.85', '-1.85']
     ['0.90', '-1.90']
     """
-    if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.floating):
+    if accumulator_dtype is not None and not _is_floating(accumulator_dtype):
         raise ValueError(
-            f"accumulator_dtype must be a floating dtype such as jnp.float32, or None for the "
-            f"dtype of each parameter; got {accumulator_dtype!r}"
+            "accumulator_dtype must be a floating dtype such as jnp.float32, or None for the "
+            f"dtype of each parameter, got {accumulator_dtype!r}; under inject_hyperparams name it "
+            'in static_args=("accumulator_dtype",)'
         )
 
     def init(params: optax.Params) -> AccelerateState:
@@ -138,6 +139,11 @@ def eval_params(params: Any, opt_state: Any) -> Any:
     offsets: dict[Any, tuple[jax.Array, jax.Array]] = {}
     for state in states:
         (readout,) = jax.tree.leaves(state.readout)
+        if jnp.ndim(readout):
+            raise ValueError(
+                f"opt_state is a stack of {jnp.shape(readout)} states, as jax.vmap or replication "
+                "makes them; use jax.vmap(nag_jax.eval_params)(params, opt_state)"
+            )
         for path, m in jax.tree_util.tree_leaves_with_path(state.m):
             if path in offsets:
                 raise ValueError(
@@ -160,7 +166,10 @@ def eval_params(params: Any, opt_state: Any) -> Any:
     shifted = jax.tree_util.tree_map_with_path(shift, params)
     if offsets:
         missing = ", ".join(jax.tree_util.keystr(path) for path in offsets)
-        raise ValueError(f"opt_state does not belong to params: they have no {missing}")
+        raise ValueError(
+            f"opt_state does not belong to params: they have no {missing}; pass the tree that "
+            "init and update were given (for flax: nnx.state(model, nnx.Param))"
+        )
     return shifted
 
 
@@ -172,7 +181,7 @@ def _mix(a: Scalar, x: jax.Array, b: Scalar, y: jax.Array) -> jax.Array:
     constant = isinstance(a, float) and isinstance(b, float)
     if constant and a == b != 1.0 and math.frexp(a)[0] == 0.5:
         # XLA would write a*(x + y) for a power of 2, recompute it from the old buffer where params
-        # are updated, and so copy the donated buffer first.
+        # are updated, and so copy the donated buffer first (seen with jax 0.12 on CPU).
         b = jax.lax.optimization_barrier(jnp.asarray(b, real))
     return a * jnp.asarray(x, dtype) + b * jnp.asarray(y, dtype)
 
@@ -193,13 +202,20 @@ def _buffer_dtype(path: Any, p: Any, accumulator_dtype: Any) -> Any:
 
 def _warn_where_momentum_stalls(beta: Scalar, m: Any) -> None:
     narrow = {leaf.dtype.name for leaf in jax.tree.leaves(m) if leaf.dtype.itemsize < 4}
-    if not narrow or isinstance(beta, Tracer) or float(beta) < _ROUNDS_AWAY:
+    if not narrow or isinstance(beta, Tracer) or float(beta) < _STALLS:
         return
     warnings.warn(
-        f"momentum {float(beta):g} in a {' and '.join(sorted(narrow))} buffer stalls: rounding to "
-        "nearest drops most of each step; pass accumulator_dtype=jnp.float32",
+        f"momentum {float(beta):g} in a {' and '.join(sorted(narrow))} buffer stalls below "
+        "its limit: nearest rounding drops small steps; pass accumulator_dtype=jnp.float32",
         stacklevel=3,
     )
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating) and not hasattr(dtype, "shape")
+    except TypeError:
+        return False
 
 
 def _is_none(node: Any) -> bool:

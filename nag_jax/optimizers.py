@@ -61,9 +61,12 @@ def nag(
         params by exactly learning_rate*weight_decay a step, past the momentum.
       accumulator_dtype: floating dtype of the buffer; None: that of each parameter.
 
+    ``optax.inject_hyperparams`` takes every callable for a schedule: name accumulator_dtype and a
+    callable weight_decay_mask in its static_args.
+
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its update needs ``params`` if there is
-      weight decay.
+      weight decay, and then returns the wider dtype of gradients and params.
 
     Raises:
       ValueError: for numbers out of range or an unknown convention or decay, also when they come
@@ -144,15 +147,17 @@ def nag_then_sgd(
       switch_step: the first step of plain SGD, at least 0.
       transition_steps: length of the hand-over in steps, up to switch_step; 0: all at once.
       sgd_learning_rate: of SGD. None: learning_rate/(1 - momentum), the same effective step size.
-        SGD is stable up to 2/L on a quadratic with curvature L, NAG's own learning rate up to
-        about 4/(3L): give a smaller one if NAG ran near its limit.
+        On a curvature of L, SGD with that is stable only for learning_rate < 2(1 - momentum)/L,
+        far below NAG's own limit of about 4/(3L): give a smaller one if it diverges.
       weight_decay: as in :func:`nag`; so are weight_decay_mask, decay and accumulator_dtype.
+        "decoupled" decay follows the learning rate of each step, and so grows with it.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for numbers out of range. Under ``optax.inject_hyperparams`` name
+        switch_step and transition_steps in static_args.
 
     >>> optimizer = nag_jax.nag_then_sgd(0.01, 0.9, switch_step=1000, transition_steps=200)
     """
@@ -193,7 +198,9 @@ def from_optax(sgd_state: Any, *, step: int | None = None, readout: float = 0.0)
 
     The numbers go on as if nothing had happened, for ``nag`` with the same arguments and the
     default convention. Every ``optax.TraceState`` is replaced where it stands, so states inside
-    ``optax.chain``, ``masked`` or ``MultiSteps`` convert too, for ``nag`` at the same place.
+    ``optax.chain``, ``masked`` or ``MultiSteps`` convert too, for ``nag`` at the same place. An
+    ``add_decayed_weights`` in the chain stays there: do not give nag the weight decay instead.
+    Under ``jax.vmap`` convert with ``jax.vmap(from_optax)``.
 
     Args:
       sgd_state: the state of ``optax.sgd(learning_rate, momentum, nesterov=True)``, or of a chain
@@ -205,7 +212,7 @@ def from_optax(sgd_state: Any, *, step: int | None = None, readout: float = 0.0)
         ``eval_params`` be exact before the next update. With 0 it returns params until then.
 
     Returns:
-      The state for ``nag``; buffers are shared, not copied.
+      The state for ``nag``. It holds the buffers of sgd_state, not copies.
 
     Raises:
       ValueError: if sgd_state holds no momentum.
@@ -217,23 +224,25 @@ def from_optax(sgd_state: Any, *, step: int | None = None, readout: float = 0.0)
     [-0.271 -0.271] [-0.271 -0.271]
     """
     is_trace = lambda node: isinstance(node, optax.TraceState)
-    is_count = lambda node: isinstance(node, optax.ScaleByScheduleState)
+    is_chain = lambda node: type(node) is tuple and any(map(is_trace, node))
     if not any(map(is_trace, jax.tree.leaves(sgd_state, is_leaf=is_trace))):
         raise ValueError(
             "sgd_state holds no optax.TraceState, got "
             f"{jax.tree.structure(sgd_state)}; pass the state of "
             "optax.sgd(learning_rate, momentum, nesterov=True)"
         )
-    counts = [s.count for s in jax.tree.leaves(sgd_state, is_leaf=is_count) if is_count(s)]
-    k = (counts[0] if counts else 0) if step is None else step
 
-    def convert(node: Any) -> Any:
+    def convert(node: Any, k: Any = 0) -> Any:
+        if is_chain(node):
+            counts = [s.count for s in node if isinstance(s, optax.ScaleByScheduleState)]
+            return tuple(convert(s, counts[0] if counts else 0) for s in node)
         if not is_trace(node):
             return node
-        carry, offset = jnp.asarray(k, jnp.int32), jnp.asarray(readout, float)
-        return AccelerateState(m=node.trace, carry=carry, readout=offset)
+        # Copied, since one array in two places of a state cannot be donated.
+        carry = jnp.array(k if step is None else step, jnp.int32)
+        return AccelerateState(m=node.trace, carry=carry, readout=jnp.array(readout, float))
 
-    return jax.tree.map(convert, sgd_state, is_leaf=is_trace)
+    return jax.tree.map(convert, sgd_state, is_leaf=lambda n: is_trace(n) or is_chain(n))
 
 
 def _product(

@@ -136,8 +136,7 @@ def check_momentum(momentum: optax.ScalarOrSchedule) -> None:
     """Raises ValueError if ``momentum`` is a number outside [0, 1)."""
     hint = (
         "for momentum that tends to 1 pass a schedule such as nag_jax.schedules.convex(); "
-        "0.998 and more round to 1 in bfloat16, where inject_hyperparams needs "
-        "hyperparam_dtype=jnp.float32"
+        "bfloat16 rounds 0.999 to 1, so give inject_hyperparams hyperparam_dtype=jnp.float32"
     )
     check_range("momentum", momentum, 0.0, 1.0, hint=hint)
 

@@ -41,7 +41,8 @@ def sutskever(
       A schedule step -> momentum.
 
     Raises:
-      ValueError: for momenta outside [0, 1) or lengths below 1.
+      ValueError: for momenta outside [0, 1), a period below 1 or a final phase that is longer
+        than the training.
 
     >>> momentum = nag_jax.schedules.sutskever(0.99, total_steps=5000)
     >>> [round(float(momentum(t)), 3) for t in (0, 250, 500, 3999, 4000)]
@@ -55,6 +56,11 @@ def sutskever(
     check_range("final_momentum", final_momentum, 0.0, 1.0)
     check_range("period", period, 1)
     check_range("final_steps", final_steps, 0)
+    if total_steps is not None and not total_steps > final_steps:
+        raise ValueError(
+            f"total_steps={total_steps!r} must be more than final_steps={final_steps}, the length "
+            "of the final phase; pass a smaller final_steps"
+        )
 
     def schedule(step: Step) -> jax.Array:
         momentum = jnp.minimum(1 - 0.5 / (step // period + 1), max_momentum)
@@ -121,7 +127,7 @@ def strongly_convex(q: float) -> optax.Schedule:
     References:
       Nesterov, Introductory Lectures on Convex Optimization, 2004, section 2.2.
     """
-    if not 0.0 < q <= 1.0:
+    if isinstance(q, str) or not 0.0 < q <= 1.0:
         raise ValueError(f"q = mu/L must be in (0, 1], got {q!r}; 1/q is the condition number")
     root = float(q) ** 0.5
     return optax.constant_schedule((1 - root) / (1 + root))

@@ -9,10 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples import data
+import configs.default
+from examples import data, readers
 from examples.errors import UserError
 
 RNG = np.random.default_rng(0)
+
+
+def load(name, folder="", **changes):
+    config = configs.default.get_config()
+    config.dataset, config.data_dir = name, str(folder)
+    config.update(changes)
+    return data.load(config)
 
 
 def idx_bytes(array, kind=8):
@@ -38,21 +46,21 @@ def write_dataset(folder, zipped=False, **changes):
 @pytest.mark.parametrize("zipped", [False, True])
 def test_reads_plain_and_gzipped_files(tmp_path, zipped):
     arrays = write_dataset(tmp_path, zipped)
-    dataset = data.load("mnist", str(tmp_path))
-    np.testing.assert_array_equal(dataset.train.images[..., 0], arrays["train-images-idx3-ubyte"])
-    np.testing.assert_array_equal(dataset.test.labels, arrays["t10k-labels-idx1-ubyte"])
-    assert dataset.train.images.dtype == np.uint8
+    dataset = load("mnist", tmp_path)
+    np.testing.assert_array_equal(dataset.train["x"][..., 0], arrays["train-images-idx3-ubyte"])
+    np.testing.assert_array_equal(dataset.test["y"], arrays["t10k-labels-idx1-ubyte"])
+    assert dataset.train["x"].dtype == np.uint8
     assert dataset.mean == pytest.approx(arrays["train-images-idx3-ubyte"].mean())
 
 
 def test_digits_are_the_real_ones_and_split_without_overlap():
-    digits = data.load("digits")
-    assert digits.train.images.shape == (1437, 8, 8, 1)
-    assert digits.test.images.shape == (360, 8, 8, 1)
-    assert np.bincount(digits.test.labels).min() >= 34
-    rows = lambda split: {x.tobytes() for x in split.images}
+    digits = load("digits")
+    assert digits.train["x"].shape == (1437, 8, 8, 1)
+    assert digits.test["x"].shape == (360, 8, 8, 1)
+    assert np.bincount(digits.test["y"]).min() >= 34
+    rows = lambda split: {x.tobytes() for x in split["x"]}
     assert not rows(digits.train) & rows(digits.test)
-    np.testing.assert_array_equal(data.load("digits").train.labels, digits.train.labels)
+    np.testing.assert_array_equal(load("digits").train["y"], digits.train["y"])
 
 
 BROKEN = {
@@ -99,28 +107,30 @@ BROKEN = {
 def test_broken_files_are_named(tmp_path, case, zipped):
     changes, message = BROKEN[case]
     write_dataset(tmp_path, zipped, **changes)
-    with pytest.raises(UserError, match=message):
-        data.load("mnist", str(tmp_path))
+    with pytest.raises(UserError, match=message) as caught:
+        load("mnist", tmp_path)
+    if case != "other data set":
+        assert "fetch the four IDX files" in str(caught.value)
 
 
 def test_missing_and_damaged_files_say_how_to_get_them(tmp_path):
     with pytest.raises(
         UserError, match=r"train-images-idx3-ubyte\[\.gz\]: no such file; .*data_dir"
     ):
-        data.load("mnist", str(tmp_path))
+        load("mnist", tmp_path)
     with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
-        data.load("fashion_mnist", str(tmp_path))
+        load("fashion_mnist", tmp_path)
     with pytest.raises(UserError, match=r"config\.dataset must be one of digits, fashion_mnist"):
-        data.load("mnits")
+        load("mnits")
     write_dataset(tmp_path, zipped=True)
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"train-images.*damaged gzip file"):
-        data.load("mnist", str(tmp_path))
+        load("mnist", tmp_path)
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError, match=r"train-images.*cannot be read"):
-        data.load("mnist", str(tmp_path))
+        load("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -130,9 +140,22 @@ def test_a_lying_header_costs_no_memory(tmp_path, zipped):
     path.write_bytes(gzip.compress(content) if zipped else content)
     tracemalloc.start()
     with pytest.raises(UserError, match="more than the file can hold"):
-        data.read_idx(path)
+        readers.read_idx(path)
     assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
     tracemalloc.stop()
+
+
+@settings(max_examples=300, deadline=None)
+@given(position=st.integers(0, 10_000), flip=st.integers(1, 255))
+def test_a_damaged_gzip_gives_an_array_or_a_user_error(tmp_path_factory, position, flip):
+    content = bytearray(gzip.compress(idx_bytes(RNG.integers(0, 256, (30, 6, 5))), mtime=0))
+    content[position % len(content)] ^= flip
+    path = tmp_path_factory.mktemp("fuzz") / "file"
+    path.write_bytes(content)
+    try:
+        readers.read_idx(path)
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
 
 
 @settings(max_examples=300, deadline=None)
@@ -146,8 +169,106 @@ def test_any_bytes_give_an_array_or_a_user_error(tmp_path_factory, prefix, tail,
     content = prefix + tail
     path.write_bytes(gzip.compress(content) if zipped else content)
     try:
-        array = data.read_idx(path)
+        array = readers.read_idx(path)
     except UserError as error:
         assert str(path) in str(error)  # noqa: PT017
     else:
         assert array.tobytes() in content
+
+
+def cifar_bytes(count, rng=RNG):
+    records = rng.integers(0, 256, (count, 3073), dtype=np.uint8)
+    records[:, 0] = np.arange(count) % 10
+    return records
+
+
+def write_cifar(folder, **changes):
+    records = {f"data_batch_{i}": cifar_bytes(6) for i in range(1, 6)} | {
+        "test_batch": cifar_bytes(4)
+    }
+    for name, array in records.items():
+        (folder / f"{name}.bin").write_bytes(changes.get(name, array.tobytes()))
+    return records
+
+
+def test_reads_cifar_batches(tmp_path):
+    records = write_cifar(tmp_path)
+    dataset = load("cifar10", tmp_path)
+    assert dataset.train["x"].shape == (30, 32, 32, 3)
+    np.testing.assert_array_equal(dataset.test["y"], np.arange(4))
+    # A record is a label, then the red plane by rows, then green, then blue.
+    third = records["data_batch_2"][2]
+    assert dataset.train["x"][8, 5, 7, 0] == third[1 + 5 * 32 + 7]
+    assert dataset.train["x"][8, 5, 7, 2] == third[1 + 2 * 1024 + 5 * 32 + 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_batch_3": b"x" * 3072}, r"data_batch_3\.bin: 3072 bytes are not a whole number"),
+        ({"test_batch": b""}, r"test_batch\.bin: 0 bytes"),
+        ({"data_batch_1": b"\x0b" + bytes(3072)}, r"data_batch_1\.bin: label 11 at position 0"),
+        ({"data_batch_1": gzip.compress(bytes(3073))}, "is gzipped; unpack cifar-10-binary"),
+    ],
+)
+def test_broken_cifar_files_are_named(tmp_path, changes, message):
+    write_cifar(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load("cifar10", tmp_path)
+    assert "cifar-10-binary.tar.gz" in str(caught.value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=100) | st.binary(min_size=3073, max_size=3073))
+def test_any_bytes_give_cifar_images_or_a_user_error(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("fuzz") / "batch.bin"
+    path.write_bytes(content)
+    try:
+        images, labels = readers.read_cifar(path)
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    else:
+        assert images.shape == (len(labels), 32, 32, 3)
+
+
+def text_config(**changes):
+    config = configs.default.get_config()
+    config.update(dataset="text", **changes)
+    return config
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.binary(max_size=400) | st.text(max_size=400).map(str.encode))
+def test_any_text_file_gives_windows_or_a_user_error(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("fuzz") / "text"
+    path.write_bytes(content)
+    config = text_config(text_file=str(path))
+    config.model.length = 8
+    try:
+        dataset = data.load(config)
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    else:
+        text = "".join(dataset.names[i] for i in dataset.train["x"][0])
+        assert text == content.decode()[:9]
+
+
+def test_text_windows_predict_each_character_once(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("abcdefghij" * 10)
+    config = text_config(text_file=str(path))
+    config.model.length = 4
+    dataset = data.load(config)
+    assert dataset.train["x"].shape == (22, 5)
+    np.testing.assert_array_equal(dataset.train["x"][1:, 0], dataset.train["x"][:-1, -1])
+    assert len(data.load(text_config()).train["x"]) > 5000
+    with pytest.raises(UserError, match=r"missing: no such file"):
+        data.load(text_config(text_file=str(tmp_path / "missing")))
+
+
+def test_diabetes_is_standardized_by_its_training_part():
+    dataset = load("diabetes")
+    assert (dataset.train["x"].shape, dataset.test["x"].shape) == ((353, 10), (89, 10))
+    np.testing.assert_allclose(dataset.train["x"].mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(dataset.train["y"].std(), 1, rtol=1e-5)
+    assert abs(dataset.test["y"].mean()) > 1e-3

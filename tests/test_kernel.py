@@ -137,6 +137,35 @@ def test_arithmetic_is_float32_in_bfloat16():
     assert jnp.bfloat16(0.91) * (state.m[0] + u[0]) != m
 
 
+def test_evaluation_iterate_is_exact_with_a_rounded_buffer():
+    """The update is made from the stored buffer, so x' = y + u to float32 accuracy."""
+    kernel = nag_jax.accelerate(rules.nesterov(0.9), accumulator_dtype=jnp.bfloat16)
+    params, u = jnp.float32([1.0, 2.0]), jnp.float32([0.123456, -0.654321])
+    updates, state = jax.jit(kernel.update)(u, kernel.init(params))
+    assert np.all(state.m != np.float32(0.9) * u)
+    x = nag_jax.eval_params(params + updates, state)
+    np.testing.assert_allclose(x, params + u, rtol=3e-7)
+
+
+def test_hyperparameters_may_be_arrays_inside_jit():
+    rate = jnp.asarray(0.1)
+
+    def one_update(params):
+        optimizer = nag_jax.nag(rate, jnp.asarray(0.9))
+        return optimizer.update(params, optimizer.init(params))[0]
+
+    np.testing.assert_allclose(jax.jit(one_update)(jnp.ones(2)), -0.19, rtol=1e-6)
+
+
+def test_eval_params_refuses_a_stack_of_states():
+    optimizer, params = nag_jax.nag(0.1), jnp.ones((3, 3))
+    state = jax.vmap(optimizer.init)(params)
+    _, state = jax.vmap(optimizer.update)(params, state)
+    with pytest.raises(ValueError, match=r"a stack of \(3,\) states.*jax\.vmap"):
+        nag_jax.eval_params(params, state)
+    np.testing.assert_allclose(jax.vmap(nag_jax.eval_params)(params, state), 1.09, rtol=1e-6)
+
+
 @pytest.mark.usefixtures("x64")
 def test_float64_scalars_do_not_widen_float32_params():
     optimizer = nag_jax.nag(0.1, lambda step: jnp.asarray(0.9, float))

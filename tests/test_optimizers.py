@@ -83,6 +83,22 @@ class TestReference:
         actual = run(nag_jax.nag(rate, momentum, **options))
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
+    def test_decay_schedules_in_the_optax_convention(self, rate, momentum):
+        decay = lambda step: 0.05 / (1 + 0.1 * jnp.asarray(step, float))
+        function, _, rate_at, momentum_at, steps = self.both(rate, momentum)
+        y, buffer, expected = START, 0.0, {}
+        for kind in ("coupled", "decoupled"):
+            y, buffer, expected[kind] = START, 0.0, [START]
+            for t in range(steps):
+                shrink = decay(t) * y
+                g = function(y) + (shrink if kind == "coupled" else 0.0)
+                buffer = momentum_at(t) * buffer + g
+                direction = g + momentum_at(t) * buffer
+                y = y - rate_at(t) * (direction + (shrink if kind == "decoupled" else 0.0))
+                expected[kind].append(y)
+            actual, _ = run(nag_jax.nag(rate, momentum, weight_decay=decay, decay=kind))
+            np.testing.assert_allclose(actual, np.stack(expected[kind]), rtol=0, atol=1e-12)
+
 
 @pytest.mark.usefixtures("x64")
 def test_optax_sgd_is_not_nesterov_under_a_schedule():
@@ -124,6 +140,7 @@ def test_weight_decay_mask_leaves_the_rest_alone(convention, decay):
 
 
 BAD_ARGUMENTS = {
+    "dtype": (dict(learning_rate=0.1, accumulator_dtype="nonsense"), "must be a floating dtype"),
     "momentum": (dict(learning_rate=0.1, momentum=1.0), r"momentum must be in \[0, 1\), got 1;"),
     "negative": (dict(learning_rate=0.1, momentum=-0.1), r"momentum must be in \[0, 1\), got -0.1"),
     "nan": (dict(learning_rate=0.1, momentum=float("nan")), r"momentum must be in .*got nan"),
@@ -214,6 +231,30 @@ def test_from_optax_keeps_the_step_and_can_place_the_evaluation_iterate():
     assert int(nag_jax.from_optax(state, step=7)[0].carry) == 7
 
 
+def test_from_optax_can_be_donated():
+    sgd, nag = optax.sgd(jumping_rate, 0.9, nesterov=True), nag_jax.nag(jumping_rate, 0.9)
+    params = jnp.ones(3)
+    state = nag_jax.from_optax(sgd.update(params, sgd.init(params))[1])
+    jax.jit(nag.update, donate_argnums=1)(params, state)
+
+
+def test_from_optax_takes_the_step_of_sgd_itself():
+    sgd = optax.MultiSteps(optax.sgd(jumping_rate, 0.9, nesterov=True), 4)
+    chain = optax.chain(optax.scale_by_schedule(lambda k: 1.0), sgd.gradient_transformation())
+    params, update = jnp.ones(3), jax.jit(chain.update)
+    state = chain.init(params)
+    for _ in range(8):
+        _, state = update(params, state, params)
+    (converted,) = [
+        s
+        for s in jax.tree.leaves(
+            nag_jax.from_optax(state), is_leaf=lambda s: isinstance(s, nag_jax.AccelerateState)
+        )
+        if isinstance(s, nag_jax.AccelerateState)
+    ]
+    assert int(converted.carry) == 2
+
+
 def test_from_optax_refuses_a_state_without_momentum():
     with pytest.raises(ValueError, match=r"holds no optax\.TraceState"):
         nag_jax.from_optax(optax.sgd(0.1).init(jnp.ones(2)))
@@ -260,10 +301,18 @@ class TestNagThenSgd:
         for y in ys[51:]:
             params = params - 0.7 * gradient(params)
             np.testing.assert_allclose(y, params, rtol=0, atol=1e-14)
-        before, _ = reference.sutskever(
-            gradient, START, lambda t: 0.1, lambda t: 0.9, 50 - transition - 1
+
+    @pytest.mark.usefixtures("x64")
+    @pytest.mark.parametrize("transition", [0, 30])
+    def test_is_nag_with_the_same_effective_step_until_then(self, transition):
+        left = lambda t: np.clip((50 - t) / max(transition, 1), 0.0, 1.0)
+        momentum = lambda t: 0.9 * left(t)
+        rate = lambda t: (0.7 + (1.0 - 0.7) * left(t)) * (1 - momentum(t))
+        optimizer = nag_jax.nag_then_sgd(
+            0.1, 0.9, switch_step=50, transition_steps=transition, sgd_learning_rate=0.7
         )
-        np.testing.assert_allclose(ys[: 50 - transition], before, rtol=0, atol=1e-12)
+        expected = reference.sutskever(gradient, START, rate, momentum, 50)
+        np.testing.assert_allclose(run(optimizer, 50), expected, rtol=0, atol=1e-12)
 
     def test_bad_arguments_are_named(self):
         with pytest.raises(ValueError, match=r"transition_steps must be in \[0, 11\), got 20"):

@@ -1,0 +1,116 @@
+"""Where batches come from: arrays on the device, or shards on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from examples import steps
+from examples.data import Dataset
+from examples.errors import UserError
+from examples.streaming import BatchStream, ShardedSource, open_shards
+
+_PROBE_BATCHES = 20  # enough for the statistics of pixels and of BatchNorm
+
+
+class MemoryFeed:
+    """Samples that live on the device; the order of each epoch follows from the key alone."""
+
+    def __init__(self, config: Any, dataset: Dataset, replicated: Any):
+        self.samples = jax.device_put(dataset.train, replicated)
+        count = len(dataset.train["x"])
+        if config.batch_size > count:
+            raise UserError(
+                f"config.batch_size={config.batch_size} is more than the {count} training samples "
+                f"of {config.dataset}"
+            )
+        self.steps_per_epoch = count // config.batch_size
+        self.stride = None if config.scan else 1  # updates between two looks at the clock
+        self._count, self._batch_size = count, config.batch_size
+        self._epoch = -1
+        self._order: Any = None
+
+    def compile(self, update: Callable) -> None:
+        self._run = steps.make_run(update, self._batch_size, self.steps_per_epoch)
+
+    def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
+        """The state after n updates, all of the epoch of ``step``."""
+        if step // self.steps_per_epoch != self._epoch:
+            self._epoch = step // self.steps_per_epoch
+            self._order = steps.epoch_order(state.key, self._epoch, self._count)
+        return self._run(state, self.samples, self._order, n)
+
+    def get_state(self) -> None:
+        """Nothing: the position is the state's step."""
+
+    def set_state(self, state: None) -> None:
+        """Nothing to set."""
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class StreamFeed:
+    """Batches from the shards in ``data_dir/train``, read ahead in the background."""
+
+    stride = 1
+
+    def __init__(self, config: Any, source: ShardedSource, probe: dict[str, np.ndarray]):
+        for problem in source.left_out:
+            print(f"left out: {problem}", flush=True)
+        self.samples = jax.device_put(probe)
+        self._stream = BatchStream(source, config.batch_size, config.seed)
+        self.steps_per_epoch = self._stream.steps_per_epoch
+
+    def compile(self, update: Callable) -> None:
+        self._update = jax.jit(update, donate_argnums=0)
+
+    def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
+        for _ in range(n):
+            state = self._update(state, jax.device_put(next(self._stream)))
+        return state
+
+    def get_state(self) -> dict[str, Any]:
+        return self._stream.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stream.set_state(state)
+
+    def counters(self) -> dict[str, float]:
+        return {"bad_records": float(sum(self._stream.bad_records.values()))}
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def open_stream(config: Any) -> tuple[Dataset, ShardedSource]:
+    """Training shards in ``data_dir/train``; those in ``data_dir/test`` are read into memory."""
+    folder = Path(config.data_dir)
+    source = open_shards(folder / "train", config.on_bad)
+    test = open_shards(folder / "test", config.on_bad)
+    if source.meta._replace(rows=0) != test.meta._replace(rows=0):
+        raise UserError(f"{folder}: train and test differ in meta.json: {source.meta}, {test.meta}")
+    if config.batch_size > source.rows:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is more than the {source.rows} rows in {folder}"
+        )
+    probe = _arrays(source, min(_PROBE_BATCHES * config.batch_size, source.rows))
+    names = tuple(str(label) for label in range(source.meta.classes))
+    finite = probe["x"][np.isfinite(probe["x"])].astype(np.float64)
+    mean, std = float(finite.mean()), max(float(finite.std()), 1e-6)
+    return Dataset(probe, _arrays(test, test.rows), names, mean, std), source
+
+
+def _arrays(source: ShardedSource, rows: int) -> dict[str, np.ndarray]:
+    """The first rows in memory, without bad records."""
+    x, y = source.read(0, rows)
+    good = np.isfinite(x.reshape(rows, -1).astype(np.float32)).all(1) & np.isfinite(y)
+    if source.meta.classes:
+        good &= (y >= 0) & (y < source.meta.classes)
+    target = np.int32 if source.meta.classes else np.float32
+    return {"x": x[good], "y": y[good].astype(target)}

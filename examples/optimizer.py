@@ -1,0 +1,118 @@
+"""The optimizer that a config describes, and its hyperparameters at any step, for the log."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import nag_jax
+from examples.errors import UserError
+from nag_jax import rules
+
+
+class Optimizer(NamedTuple):
+    """A transformation, and ``hyperparameters(step) -> {name: value}`` of what it schedules."""
+
+    transformation: optax.GradientTransformationExtraArgs
+    hyperparameters: Callable[[int], dict[str, Any]]
+
+
+def make(config: Any, steps_per_epoch: int, total_steps: int) -> Optimizer:
+    """Builds it; UserError where a value of the config is out of range or unknown."""
+    try:
+        rate = _learning_rate(config, steps_per_epoch, total_steps)
+        momentum = _momentum(config, steps_per_epoch, total_steps)
+        transformation = _transformation(config, rate, momentum)
+    except ValueError as error:
+        raise UserError(f"config: {error}") from None
+    if config.clip_norm:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+        transformation = optax.chain(clip, transformation)
+    if config.task == "adversarial":
+        transformation = _two_players(transformation)
+
+    def hyperparameters(step: int) -> dict[str, Any]:
+        at = lambda value: float(rules.at_step(value, jnp.asarray(step)))
+        return {"learning_rate": at(rate), "momentum": at(momentum)}
+
+    return Optimizer(transformation, hyperparameters)
+
+
+def _learning_rate(config: Any, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+    nag_jax.nag(config.learning_rate)  # a schedule would hide a bad peak
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
+    if config.schedule == "cosine":
+        end = max(total_steps, warmup + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, end)
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0, config.learning_rate, warmup)
+    raise UserError(f"config.schedule must be one of constant, cosine, got {config.schedule!r}")
+
+
+def _momentum(config: Any, steps_per_epoch: int, total_steps: int) -> optax.ScalarOrSchedule:
+    kind, top = config.momentum_schedule, config.momentum
+    if kind == "constant":
+        return top
+    if kind == "sutskever":
+        final = min(1000, total_steps // 2)
+        return nag_jax.schedules.sutskever(top, total_steps=total_steps, final_steps=final)
+    if kind == "convex":
+        return nag_jax.schedules.convex()
+    if kind == "linear":
+        warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
+        return nag_jax.schedules.linear(top, initial=0.5 * top, warmup_steps=warmup)
+    known = "constant, sutskever, convex, linear"
+    raise UserError(f"config.momentum_schedule must be one of {known}, got {kind!r}")
+
+
+def _transformation(
+    config: Any, rate: optax.Schedule, momentum: optax.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    options = config.optimizer
+    mask = functools.partial(jax.tree.map, lambda p: p.ndim > 1)
+    decayed = dict(weight_decay=config.weight_decay, mask=mask)
+    l2 = optax.add_decayed_weights(config.weight_decay, mask)
+    number = config.momentum
+    nag_jax.nag(1.0, number, weight_decay=config.weight_decay)
+    makers: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "nag": lambda: nag_jax.nag(
+            rate,
+            momentum,
+            convention=options.convention,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=mask,
+            decay=config.decay,
+        ),
+        "nag_then_sgd": lambda: nag_jax.nag_then_sgd(
+            config.learning_rate,
+            number,
+            switch_step=options.switch_step,
+            transition_steps=options.transition_steps,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=mask,
+            decay=config.decay,
+        ),
+        "sgd": lambda: optax.chain(l2, optax.sgd(rate)),
+        "momentum": lambda: optax.chain(l2, optax.sgd(rate, number)),
+        "nesterov": lambda: optax.chain(l2, optax.sgd(rate, number, nesterov=True)),
+        "adam": lambda: optax.chain(l2, optax.adam(rate, number, options.b2)),
+        "adamw": lambda: optax.adamw(rate, number, options.b2, **decayed),
+        "nadam": lambda: optax.chain(l2, optax.nadam(rate, number, options.b2)),
+        "nadamw": lambda: optax.nadamw(rate, number, options.b2, **decayed),
+    }
+    if options.name not in makers:
+        known = ", ".join(makers)
+        raise UserError(f"config.optimizer.name must be one of {known}, got {options.name!r}")
+    return optax.with_extra_args_support(makers[options.name]())
+
+
+def _two_players(
+    transformation: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer of its own for each network of a GAN."""
+    players: Any = {"generator": transformation, "discriminator": transformation}
+    label = lambda params: type(params)({name: name for name in params})
+    return optax.partition(players, label)

@@ -1,0 +1,109 @@
+"""What a run tells: rows of metrics to files and terminal, plots at the end."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from examples import plots
+from examples.errors import UserError
+from examples.tasks import Task
+
+Row = dict[str, float]
+
+
+class Reporter:
+    """Collects the rows of a run, one late, so that the device never waits for the host.
+
+    A row waits as device arrays until the next one arrives or ``flush`` is called; then it goes to
+    ``metrics.jsonl``, to TensorBoard and to standard output. Speed is shown, but is no part of a
+    row: rows depend on the config alone.
+    """
+
+    def __init__(self, workdir: Path, task: Task, history: list[Row], total: int, board: bool):
+        self.history, self._task, self._workdir = list(history), task, workdir
+        self._pending: tuple[Row, dict[str, Any]] | None = None
+        lines = "".join(json.dumps(row) + "\n" for row in history)
+        self._log = (workdir / "metrics.jsonl").open("w")
+        self._log.write(lines)
+        self._log.flush()
+        self._board = None
+        if board:
+            from tensorboardX import SummaryWriter
+
+            last = int(history[-1]["step"]) if history else 0
+            self._board = SummaryWriter(str(workdir), purge_step=last + 1)
+        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()]
+        self._progress = Progress(
+            *columns, TextColumn("{task.fields[speed]}"), disable=not sys.stdout.isatty(),
+            transient=True,
+        )  # fmt: skip
+        self._bar = self._progress.add_task("training", total=total, speed="compiling")
+        self._mark: tuple[float, int] | None = None
+        self._speed = 0.0
+        self._progress.start()
+
+    def advance(self, step: int, batch_size: int) -> None:
+        """Moves the progress bar; the first call, after compilation, starts the clock."""
+        now = time.perf_counter()
+        if self._mark is None:
+            self._mark = now, step
+        elapsed, steps = now - self._mark[0], step - self._mark[1]
+        self._speed = steps * batch_size / elapsed if steps else 0.0
+        self._progress.update(self._bar, completed=step, speed=f"{self._speed:,.0f} samples/s")
+
+    def add(self, row: Row, sums: dict[str, Any]) -> None:
+        """Takes a row; ``sums`` maps prefixes such as "train_" to sums on the device."""
+        self.flush()
+        self._pending = row, sums
+
+    def flush(self) -> None:
+        """Fetches and writes the row that waits."""
+        if self._pending is None:
+            return
+        (row, sums), self._pending = self._pending, None
+        fetched = jax.device_get(sums)
+        for prefix in (p for p in sums if fetched[p]["samples"] > 0):  # 0: all steps left out
+            metrics = self._task.summarize({k: float(v) for k, v in fetched[prefix].items()})
+            suffix = "_at_params" if prefix == "params_" else ""
+            start = "test_" if suffix else prefix
+            row |= {f"{start}{name}{suffix}": value for name, value in metrics.items()}
+        self.history.append(row)
+        try:
+            self._log.write(json.dumps(row) + "\n")
+            self._log.flush()
+        except OSError as error:
+            raise UserError(f"{self._log.name}: cannot be written: {error.strerror}") from None
+        if self._board is not None:
+            scalars = {k: v for k, v in row.items() if k not in ("step", "epoch")}
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, int(row["step"]))
+            if self._speed:
+                self._board.add_scalar("samples_per_second", self._speed, int(row["step"]))
+        self._progress.console.print(describe(row, self._speed), highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+        self._log.close()
+        if self._board is not None:
+            self._board.close()
+
+    def finish(self) -> None:
+        """Closes and draws the curves."""
+        self.flush()
+        self.close()
+        plots.save_curves(self._workdir / "curves.png", self.history)
+
+
+def describe(row: Row, speed: float = 0.0) -> str:
+    """One line for people and for grep."""
+    shown = {k: v for k, v in row.items() if not k.endswith("_at_params") and k != "epoch"}
+    parts = [f"epoch: {row['epoch']:.2f}".removesuffix(".00")]
+    for name, value in shown.items():
+        digits = f"{value:.2f}" if "accuracy" in name else f"{value:.4g}"
+        parts.append(f"{name}: {digits}")
+    return ", ".join(parts) + (f", {speed:,.0f} samples/s" if speed else "")
