@@ -12,16 +12,11 @@ are read from the page cache: rows per second say what the program costs, not th
 
 import argparse
 import json
-import os
-import platform
 import re
-import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +26,7 @@ import numpy as np
 import optax
 
 import nag_jax
+from benchmarks.machine import describe_machine
 from examples.streaming import BatchStream, open_shards, write_shards
 
 FEATURES, CLASSES, BATCH, CHUNK, ROWS_PER_SHARD = 32, 10, 4096, 1 << 16, 1 << 19
@@ -55,13 +51,7 @@ def main() -> None:
         traced = train(folder, lambda: tracemalloc.get_traced_memory()[0])[1]
         tracemalloc.stop()
     result = {
-        "command": " ".join(["python -m benchmarks.streaming", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("jax", "optax", "grain", "numpy")},
-        },
+        **describe_machine("benchmarks.streaming", ("jax", "optax", "grain", "numpy")),
         "rows": options.rows,
         "bytes_on_disk": size,
         "seconds_to_write": round(written, 1),

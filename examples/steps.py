@@ -81,17 +81,25 @@ def make_update(
         grads, rest, sums = accumulated(state.params, state.rest, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["samples"], 1.0), grads)
         finite = jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(sums["loss"])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = optax.apply_updates(state.params, updates), rest, opt_state
-        added = jax.tree.map(jnp.add, state.sums, sums)
-        old = state.params, state.rest, state.opt_state, state.sums
-        params, rest, opt_state, sums = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (*new, added), old
-        )
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        return TrainState(state.step + 1, params, rest, opt_state, state.key, sums, skipped)
+
+        def changed() -> TrainState:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            added = jax.tree.map(jnp.add, state.sums, sums)
+            return state._replace(params=params, rest=rest, opt_state=opt_state, sums=added)
+
+        kept = state._replace(skipped=state.skipped + 1)
+        return select(finite, changed, kept)._replace(step=state.step + 1)
 
     return update
+
+
+def select(condition: jax.Array, new: Callable[[], TrainState], old: TrainState) -> TrainState:
+    """``new()`` where the condition holds, else ``old``."""
+    # On CPU a branch is free, a select of all arrays is not; elsewhere a branch waits for the host.
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(condition, new, lambda: old)
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new(), old)
 
 
 def make_run(
