@@ -12,6 +12,7 @@ import pytest
 
 from examples import data, train
 from examples.errors import UserError
+from examples.streaming import write_shards
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("[a-z]*.py") if p.stem != "default")
@@ -102,13 +103,11 @@ def test_every_optimizer_can_be_chosen(tmp_path, name):
 
 def test_the_fields_of_a_config_matter(tmp_path):
     """Each changed alone gives other numbers."""
-    changes = [{}, {"seed": 1}, {"momentum": 0.6}, {"weight_decay": 0.1}, {"learning_rate": 0.1}]
-    changes += [{"schedule": "constant"}, {"warmup_epochs": 0.0}, {"clip_norm": 0.1}]
-    changes += [{"momentum_schedule": kind} for kind in ("sutskever", "convex", "linear")]
-    changes += [{"augment": {"flip": True}}, {"augment": {"shift": 1}}, {"augment": {"zoom": 0.2}}]
-    changes += [{"optimizer": {"convention": "sutskever"}}]
+    changes = [{}, {"seed": 1}, {"momentum": 0.6}, {"weight_decay": 0.1}, {"clip_norm": 0.1}]
+    changes += [{"schedule": "constant"}, {"momentum_schedule": "convex"}]
+    changes += [{"augment": {"shift": 1}}, {"optimizer": {"convention": "sutskever"}}]
     for change in changes:
-        change |= dict(num_epochs=1, model={"hidden_sizes": (8,)})
+        change |= dict(num_epochs=1, warmup_epochs=0.3, model={"hidden_sizes": (8,)})
     losses = set()
     for i, change in enumerate(changes):
         history = train.train_and_evaluate(config(keep_best=False, **change), tmp_path / str(i))
@@ -208,6 +207,25 @@ def test_batch_statistics_belong_to_the_evaluation_iterate(tmp_path):
     np.testing.assert_allclose(model.norm.var[...], within, rtol=0.15)
     old = task.model(params, state.rest, train=False).norm.var[...]
     assert np.max(np.abs(old / within - 1)) > 0.3
+
+
+def test_shards_are_streamed_and_their_bad_records_counted(tmp_path):
+    rng = np.random.default_rng(0)
+    teacher = rng.standard_normal((6, 3))
+    for name, rows in (("train", 900), ("test", 200)):
+        x = rng.standard_normal((rows, 6)).astype(np.float32)
+        y = (x @ teacher).argmax(1).astype(np.int32)
+        x[7] = np.nan
+        write_shards(tmp_path / "data" / name, [(x, y)], 250, 3)
+    chosen = config(dataset="shards", data_dir=str(tmp_path / "data"), num_epochs=8)
+    chosen.update(batch_size=50, eval_batch_size=64, log_every=5, on_bad="skip")
+    history = train.train_and_evaluate(chosen, tmp_path / "run")
+    assert history[-1]["test_accuracy"] > 85
+    assert history[-1]["bad_records"] == 1
+    assert history[-1]["step"] == 8 * 18
+    chosen.on_bad = "refuse"
+    with pytest.raises(UserError, match=r"x-00000\.npy"):
+        train.train_and_evaluate(chosen, tmp_path / "other")
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, capsys):
