@@ -1,5 +1,6 @@
 """Nesterov acceleration in JAX: one buffer, one kernel, one rule per method."""
 
+from nag_jax import restart as restart
 from nag_jax import rules as rules
 from nag_jax import schedules as schedules
 from nag_jax.kernel import AccelerateState as AccelerateState
