@@ -1,11 +1,13 @@
 """Nesterov acceleration in JAX: one buffer, one kernel, one rule per method."""
 
+from nag_jax import proximal as proximal
 from nag_jax import restart as restart
 from nag_jax import rules as rules
 from nag_jax import schedules as schedules
 from nag_jax.kernel import AccelerateState as AccelerateState
 from nag_jax.kernel import accelerate as accelerate
 from nag_jax.kernel import eval_params as eval_params
+from nag_jax.monotone import monotone_fista as monotone_fista
 from nag_jax.optimizers import from_optax as from_optax
 from nag_jax.optimizers import nag as nag
 from nag_jax.optimizers import nag_then_sgd as nag_then_sgd

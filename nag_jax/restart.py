@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nag_jax._arithmetic import map_gradients, wide
 from nag_jax._checks import check_range
 from nag_jax._rule import Coefficients
 
@@ -121,9 +122,7 @@ def decide(
     condition: Condition, state: Any, u: Any, m: Any, axis_name: Any, loss: Any
 ) -> tuple[jax.Array, RestartState]:
     """Whether to restart now, and the state after that."""
-    v = jax.tree.map(
-        lambda u, m: None if u is None else _wide(m) + _wide(u), u, m, is_leaf=lambda x: x is None
-    )
+    v = map_gradients(lambda u, m: wide(m) + wide(u), u, m)
     dot = lambda a, b: _inner_product(a, b, axis_name)
     fire, remembered = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
     return jnp.asarray(fire), RestartState(
@@ -155,7 +154,7 @@ def check_rule(c: Coefficients) -> None:
 def _inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     """Real part of <a, b> over all leaves, and over the devices of ``axis_name``, in float32."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    terms = [jnp.sum((jnp.conj(_wide(x)) * _wide(y)).real) for x, y in pairs]
+    terms = [jnp.sum((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [frozenset(getattr(jax.typeof(x), "vma", ())) & set(axes) for x in terms]
@@ -164,8 +163,3 @@ def _inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
         over = tuple(vary) if any(varying) else axes
         total = total + (jax.lax.psum(term, over) if over else term)
     return total
-
-
-def _wide(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

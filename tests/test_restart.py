@@ -144,7 +144,7 @@ def test_a_restart_keeps_the_step_of_a_learning_rate_schedule():
 
 
 def test_without_a_restart_nothing_is_added():
-    """The state's leaves are the buffer, the carry and the readout; the program has no reduction."""
+    """The state's leaves are the buffer, the carry, the readout; no reduction is computed."""
     plain, restarted = (
         nag_jax.accelerate(rules.fista(), restart=r) for r in (None, restart.gradient)
     )
