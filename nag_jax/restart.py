@@ -114,8 +114,8 @@ def every(n: int) -> Condition:
 
 def start() -> RestartState:
     """The state before the first step."""
-    zero = jnp.zeros([], jnp.int32)
-    return RestartState(restarts=zero, steps=zero, remembered=jnp.zeros([], float))
+    zero = lambda dtype: jnp.zeros([], dtype)  # one buffer each, so that all can be donated
+    return RestartState(restarts=zero(jnp.int32), steps=zero(jnp.int32), remembered=zero(float))
 
 
 def decide(

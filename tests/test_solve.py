@@ -188,7 +188,7 @@ def test_derivatives_of_the_data():
     closed = lambda b, ridge: jnp.linalg.solve(A.T @ A + ridge * jnp.eye(6), A.T @ b)
     where = (jnp.asarray(B), 0.3)
     for derivative in (jax.jacrev, jax.jacfwd):
-        ours, theirs = (derivative(f, argnums=(0, 1))(*where) for f in (solution, closed))
+        ours, theirs = (jax.jit(derivative(f, argnums=(0, 1)))(*where) for f in (solution, closed))
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), ours, theirs
         )
@@ -208,9 +208,10 @@ def test_derivatives_through_a_prox():
         return minimize(fun, jnp.zeros(6), prox=proximal.l1(strength), tol=1e-12).params
 
     where, eps = (1.0, 1.2), 1e-5
+    up = jax.jit(jax.jacrev(solution, argnums=(0, 1)))(*where)
+    forward = jax.jit(jax.jacfwd(solution, argnums=(0, 1)))(*where)
+    solution = jax.jit(solution)
     assert 0 < int(np.sum(np.abs(solution(*where)) < 1e-9)) < 6
-    up = jax.jacrev(solution, argnums=(0, 1))(*where)
-    forward = jax.jacfwd(solution, argnums=(0, 1))(*where)
     for i in (0, 1):
         shift = [eps * (j == i) for j in (0, 1)]
         plus = solution(*(w + s for w, s in zip(where, shift, strict=True)))
