@@ -52,7 +52,7 @@ PENALTIES = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("step", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("step", [0.3, 4.0])
 @pytest.mark.parametrize("name", PENALTIES)
 def test_prox_minimizes_its_definition(name, step):
     """No small or large change of the result lowers penalty + distance^2/(2 step)."""
@@ -112,12 +112,17 @@ def test_every_projection_of_optax(name):
     tx = optax.chain(proximal.prox_step(prox, 0.5), nag_jax.accelerate(rules.fista()))
     params = 10 + jnp.arange(6.0)
     state = tx.init(params)
-    step = jax.jit(lambda p, s: tx.update(p - target, s, p))
-    for _ in range(60):
-        updates, state = step(params, state)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params - target, state, params)
         params = optax.apply_updates(params, updates)
         x = nag_jax.eval_params(params, state)
-        np.testing.assert_allclose(prox(x, 0.5), x, atol=1e-5)
+        return params, state, x, prox(x, 0.5)
+
+    for _ in range(60):
+        params, state, x, projected = step(params, state)
+        np.testing.assert_allclose(projected, x, atol=1e-5)
     np.testing.assert_allclose(x, prox(target, 0.5), atol=1e-2)
 
 

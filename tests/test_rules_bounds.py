@@ -126,7 +126,7 @@ def test_simple_momentum_is_tight():
     assert worst_gap(DESCENT, bound) > 2
 
 
-@pytest.mark.parametrize("a", [2.0, 3.0, 4.0, 10.0])
+@pytest.mark.parametrize("a", [3.0, 10.0])
 def test_chambolle_dossal(a):
     bound = lambda k, r2, _: a**2 * r2 / (2 * (k + a - 1) ** 2)
     steps = 40 if a < 10 else 300
@@ -135,7 +135,7 @@ def test_chambolle_dossal(a):
     assert worst_gap(DESCENT, bound, problems, steps) > 1.1
 
 
-@pytest.mark.parametrize("q", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("q", [1e-1, 1e-3])
 def test_strongly_convex(q):
     bound = lambda k, r2, f0: (1 - q**0.5) ** k * (f0 + q / 2 * r2)
     check = lambda rule: worst_gap(rule, bound, strong(q), 600, floor=1e-13)
@@ -143,7 +143,7 @@ def test_strongly_convex(q):
     assert check(DESCENT) > 2
 
 
-@pytest.mark.parametrize("q", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("q", [1e-1, 1e-3])
 def test_triple_momentum(q):
     bound = lambda k, r2, _: (1 - q**0.5) ** (2 * k) * r2 / (2 * q)
     check = lambda rule: worst_gap(rule, bound, strong(q), 600, floor=1e-13)
@@ -152,7 +152,7 @@ def test_triple_momentum(q):
     assert check(rules.fista()) > 10
 
 
-@pytest.mark.parametrize("q", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("q", [1e-1, 1e-3])
 def test_item(q):
     a = reference.item_sequence(q, 150)
 
@@ -167,7 +167,7 @@ def test_item(q):
     assert worst(DESCENT) > 2
 
 
-@pytest.mark.parametrize("q", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("q", [1e-1, 1e-3])
 def test_sc_ogm(q):
     gamma = ((8 / q + 1) ** 0.5 + 3) / (2 / q - 2)
     bound = lambda k, r2, _: r2 / 2 * (1 + gamma) ** -k
@@ -197,7 +197,7 @@ def test_ogm_is_twice_as_good_as_fista_at_any_time():
     assert worst_gap(rules.fista(), bound) > 1.5
 
 
-@pytest.mark.parametrize("horizon", [1, 2, 5, 20])
+@pytest.mark.parametrize("horizon", [1, 5, 20])
 def test_ogm_with_a_horizon_is_tight(horizon):
     t = reference.t_sequence(horizon - 1)
     last = (1 + (1 + 8 * t[-1] ** 2) ** 0.5) / 2
@@ -208,7 +208,7 @@ def test_ogm_with_a_horizon_is_tight(horizon):
     assert check(DESCENT if horizon == 1 else rules.ogm()) > 1.01
 
 
-@pytest.mark.parametrize("horizon", [1, 2, 5, 20, 40])
+@pytest.mark.parametrize("horizon", [1, 5, 40])
 def test_ogm_g_makes_the_gradient_small(horizon):
     theta = reference.ogm_g_thetas(horizon)[0]
     # Between gradient steps that just do not leave the linear part, and just leave it at once.
@@ -254,7 +254,7 @@ def test_estimate_sequence_keeps_its_certificate_where_the_learning_rate_grows()
     assert worst(rules.fista(), plain) > 1.5
 
 
-@pytest.mark.parametrize("q", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("q", [1e-1, 1e-3])
 def test_estimate_sequence_with_strong_convexity(q):
     table, rate = random_rates(1)
     ((value, gradient, solution, start),) = strong(q)
