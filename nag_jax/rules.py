@@ -31,7 +31,6 @@ from nag_jax.rules_stochastic import gpa as gpa
 from nag_jax.rules_stochastic import heavy_ball as heavy_ball
 from nag_jax.rules_stochastic import mass as mass
 from nag_jax.rules_stochastic import qhm as qhm
-from nag_jax.rules_stochastic import schedule_free as schedule_free
 from nag_jax.rules_stochastic import srsgd as srsgd
 
 

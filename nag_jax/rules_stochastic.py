@@ -120,47 +120,6 @@ def gpa(momentum: float = 0.9967, interpolation: float = 0.7) -> Rule:
     )
 
 
-def schedule_free(interpolation: float = 0.9) -> Rule:
-    r"""Schedule-Free averaging: :func:`gpa` whose x is the plain mean of z_1, ..., z_t.
-
-    .. math:: x_{t+1} = (1 - c_t) x_t + c_t z_{t+1}, \qquad c_t = 1/t, \quad t = 1, 2, \ldots
-
-    ``optax.contrib.schedule_free`` also weights the mean by the learning rate. The memory is the
-    same, one buffer; this one keeps :math:`x_{t+1} - x_t`, needs no division by ``interpolation``
-    (0, plain averaging, is allowed) and leaves params the plain training iterate y.
-
-    Args:
-      interpolation: :math:`\beta`, in [0, 1).
-
-    Returns:
-      A rule whose carry is the step, int32 ``[]``.
-
-    Raises:
-      ValueError: if interpolation is outside [0, 1).
-
-    >>> optimizer = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.schedule_free()))
-
-    References:
-      Defazio, Yang, Mehta, Mishchenko, Khaled, Cutkosky, The road less scheduled, 2024,
-      arXiv:2405.15682.
-    """
-    check_range("interpolation", interpolation, 0.0, 1.0)
-
-    def step(k: Any) -> tuple[Any, Coefficients]:
-        t = jnp.asarray(k, float) + 1
-        # c_t (1 - c_{t-1}) / c_{t-1} is (t - 2)/t; at t = 1 the buffer is still 0.
-        c = Coefficients(
-            beta=(t - 2) / t,
-            kappa=1 / t,
-            direct=1 - interpolation,
-            lookahead=interpolation,
-            readout=(interpolation - 1) * (t - 1),
-        )
-        return optax.safe_increment(k), c
-
-    return Rule(first_step, step)
-
-
 def agnes(momentum: optax.ScalarOrSchedule = 0.99, ratio: optax.ScalarOrSchedule = 0.01) -> Rule:
     r"""AGNES: Nesterov's method with a second step size, for noise that scales with the gradient.
 

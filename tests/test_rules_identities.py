@@ -193,10 +193,6 @@ def test_averaging_rules(rate, momentum, interpolation):
         trajectory(after_lr(rules.gpa(momentum, interpolation), jax_rate(rate))),
         reference.primal_averaging(base, START, always(1 - momentum), interpolation, STEPS),
     )
-    assert_same(
-        trajectory(after_lr(rules.schedule_free(interpolation), jax_rate(rate))),
-        reference.primal_averaging(base, START, lambda t: 1 / (t + 1), interpolation, STEPS),
-    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -302,7 +298,6 @@ BAD = {
     "heavy_ball": (lambda: rules.heavy_ball(1.0), r"momentum must be in \[0, 1\), got 1"),
     "qhm": (lambda: rules.qhm(0.9, -0.1), r"nu must be in \[0, inf\), got -0.1"),
     "gpa": (lambda: rules.gpa(0.9, 1.0), r"interpolation must be in \[0, 1\), got 1"),
-    "schedule_free": (lambda: rules.schedule_free(1.0), r"interpolation must be in \[0, 1\)"),
     "agnes": (lambda: rules.agnes(0.9, -1.0), r"ratio must be in \[0, inf\), got -1"),
     "mass": (lambda: rules.mass(0.0), r"alpha must be in \(0, 1\], got 0.0"),
     "accsgd": (lambda: rules.accsgd(10.0, xi=100.0), r"xi must be in \(0, 20.4\d*\), got 100"),
