@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from nag_jax import restart as restarts
+from nag_jax import _restarting
 from nag_jax.rules import Rule, Scalar
 
 _ROUNDS_AWAY = 0.98  # from this momentum on, nearest rounding below 32 bits loses over 5 %
@@ -20,12 +20,12 @@ class AccelerateState(NamedTuple):
     m: optax.Updates  # like params; dtype of params, or accumulator_dtype
     carry: Any  # the rule's scalars
     readout: jax.Array  # shape=(), default float dtype
-    restart: Any = ()  # restart.RestartState if there is a restart condition
+    restart: Any = ()  # RestartState if there is a restart condition
 
 
 def accelerate(
     rule: Rule,
-    restart: restarts.Condition | None = None,
+    restart: _restarting.Condition | None = None,
     *,
     axis_name: Any = None,
     accumulator_dtype: Any = None,
@@ -79,7 +79,7 @@ def accelerate(
             f"accumulator_dtype must be a floating dtype such as jnp.float32, or None for the "
             f"dtype of each parameter; got {accumulator_dtype!r}"
         )
-    restarts.check(restart)
+    _restarting.check(restart)
 
     def init(params: optax.Params) -> AccelerateState:
         m = jax.tree_util.tree_map_with_path(
@@ -90,8 +90,8 @@ def accelerate(
         c = rule.step(carry)[1]
         _warn_where_momentum_stalls(c.beta, m)
         if restart is not None:
-            restarts.check_rule(c)
-        start = () if restart is None else restarts.start()
+            _restarting.check_rule(c)
+        start = () if restart is None else _restarting.start()
         return AccelerateState(m=m, carry=carry, readout=jnp.zeros([], float), restart=start)
 
     def update(
@@ -104,7 +104,7 @@ def accelerate(
         carry, c = rule.step(state.carry)
         memory = state.restart
         if restart is not None:
-            fire, memory = restarts.decide(
+            fire, memory = _restarting.decide(
                 restart, memory, updates, state.m, axis_name, extra_args.get("value")
             )
             # No branch and no pass of its own over the buffer: the scalars become those of m' = 0.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import map_gradients, real_like, wide
-from nag_jax._checks import check_range
+from nag_jax._checks import check_prox, check_range
 
 Prox = Callable[[Any, Any], Any]
 
@@ -226,17 +226,6 @@ def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
     [0.75 0.25 0.  ]
     """
     return lambda tree, step: project(tree, **arguments)
-
-
-def check_prox(prox: Any) -> None:
-    """Raises ValueError if ``prox`` is no function of a tree and a step."""
-    if not callable(prox):
-        raise ValueError(f"prox must be a function (tree, step) -> tree, got {prox!r}")
-    if (getattr(prox, "__module__", None) or "").startswith("optax."):
-        raise ValueError(
-            f"prox must be a function (tree, step) -> tree, got optax's {prox.__name__}, which "
-            "would take the step for its own second argument; wrap it in proximal.projection"
-        )
 
 
 def _shrink(z: jax.Array, size: jax.Array, by: Any) -> jax.Array:

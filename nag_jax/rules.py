@@ -16,8 +16,9 @@ from nag_jax._checks import check_range
 from nag_jax._rule import Coefficients as Coefficients
 from nag_jax._rule import Rule as Rule
 from nag_jax._rule import Scalar as Scalar
-from nag_jax._rule import at_step, check_conditioning, constant, first_step
+from nag_jax._rule import at_step, check_conditioning, first_step
 from nag_jax._rule import check_momentum as check_momentum
+from nag_jax._rule import constant as constant
 from nag_jax.rules_optimal import item as item
 from nag_jax.rules_optimal import lessard as lessard
 from nag_jax.rules_optimal import ogm as ogm

@@ -82,7 +82,8 @@ def ogm_g(horizon: int) -> Rule:
     check_range("horizon", horizon, 1)
     theta = [1.0]
     for k in reversed(range(horizon)):
-        theta.insert(0, (1 + (1 + (8 if k == 0 else 4) * theta[0] ** 2) ** 0.5) / 2)
+        theta.append((1 + (1 + (8 if k == 0 else 4) * theta[-1] ** 2) ** 0.5) / 2)
+    theta.reverse()
     table = [
         ((a - 1) * (2 * b - 1) / (a * (2 * a - 1)), (2 * b - 1) / (2 * a - 1))
         for a, b in itertools.pairwise(theta)

@@ -10,9 +10,9 @@ import optax
 
 from nag_jax import restart, rules
 from nag_jax._arithmetic import wide
-from nag_jax._checks import check_range
+from nag_jax._checks import check_prox, check_range
 from nag_jax.kernel import AccelerateState, accelerate, eval_params
-from nag_jax.proximal import Prox, check_prox, prox_step
+from nag_jax.proximal import Prox, prox_step
 
 _PATIENCE = 10  # steps in a row that must be too small: a warm-up and a restart make single ones
 
