@@ -156,7 +156,6 @@ def test_without_a_restart_nothing_is_added():
     assert program(restarted).count("reduce_sum") == 1
 
 
-MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 SPECS = {"sharded": PartitionSpec("data"), "whole": PartitionSpec()}
 TREE = {"sharded": START[:16], "whole": START[16:]}
 
@@ -180,9 +179,10 @@ def sharded_run(axis_name, steps, check_vma=True):
         (params, state), _ = jax.lax.scan(body, (params, tx.init(params)), length=steps)
         return params, optax.tree.get(state, "restarts")[None]
 
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     counts = PartitionSpec() if axis_name and check_vma else PartitionSpec("data")
     mapped = jax.shard_map(
-        local, mesh=MESH, in_specs=(SPECS, SPECS), out_specs=(SPECS, counts), check_vma=check_vma
+        local, mesh=mesh, in_specs=(SPECS, SPECS), out_specs=(SPECS, counts), check_vma=check_vma
     )
     return jax.jit(mapped)(jax.tree.map(jnp.asarray, TREE), curvature)
 
