@@ -61,8 +61,8 @@ def convolve(layer: nnx.Conv, x: jax.Array) -> jax.Array:
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    kernel, bias = layer.kernel[...], layer.bias[...]
-    return jnp.concatenate(shifted, -1) @ kernel.reshape(9, -1) + bias[None, None, None]
+    product = jnp.concatenate(shifted, -1) @ layer.kernel[...].reshape(9, -1)
+    return product if layer.bias is None else product + layer.bias[...][None, None, None]
 
 
 @jax.custom_vjp

@@ -1,12 +1,22 @@
 """Nesterov acceleration in JAX: one buffer, one kernel, one rule per method."""
 
+from nag_jax import proximal as proximal
+from nag_jax import restart as restart
 from nag_jax import rules as rules
 from nag_jax import schedules as schedules
 from nag_jax.kernel import AccelerateState as AccelerateState
 from nag_jax.kernel import accelerate as accelerate
 from nag_jax.kernel import eval_params as eval_params
+from nag_jax.monotone import monotone_fista as monotone_fista
 from nag_jax.optimizers import from_optax as from_optax
 from nag_jax.optimizers import nag as nag
 from nag_jax.optimizers import nag_then_sgd as nag_then_sgd
+from nag_jax.recipes import fista as fista
+from nag_jax.recipes import ogm as ogm
+from nag_jax.recipes import tmm as tmm
+from nag_jax.solve import Reason as Reason
+from nag_jax.solve import Result as Result
+from nag_jax.solve import largest_curvature as largest_curvature
+from nag_jax.solve import minimize as minimize
 
 __version__ = "0.1.0.dev0"

@@ -40,3 +40,14 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_prox(prox: Any) -> None:
+    """Raises ValueError if ``prox`` is no function of a tree and a step."""
+    if not callable(prox):
+        raise ValueError(f"prox must be a function (tree, step) -> tree, got {prox!r}")
+    if (getattr(prox, "__module__", None) or "").startswith("optax."):
+        raise ValueError(
+            f"prox must be a function (tree, step) -> tree, got optax's {prox.__name__}, which "
+            "would take the step for its own second argument; wrap it in proximal.projection"
+        )

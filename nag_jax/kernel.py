@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from nag_jax import _restarting
 from nag_jax.rules import Rule, Scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
@@ -20,10 +21,15 @@ class AccelerateState(NamedTuple):
     m: optax.Updates  # like params; dtype of params, or accumulator_dtype
     carry: Any  # the rule's scalars
     readout: jax.Array  # shape=(), default float dtype
+    restart: Any = ()  # RestartState if there is a restart condition
 
 
 def accelerate(
-    rule: Rule, *, accumulator_dtype: Any = None
+    rule: Rule,
+    restart: _restarting.Condition | None = None,
+    *,
+    axis_name: Any = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Nesterov's momentum, and its relatives, on whatever step the chain proposes.
 
@@ -40,6 +46,11 @@ def accelerate(
 
     Args:
       rule: the method, from ``nag_jax.rules``.
+      restart: a condition from ``nag_jax.restart`` that empties the buffer and starts the rule
+        anew, so that the next params are params + u; None: never. It needs a rule with d = l = 1.
+        How often it fired is in the state: ``optax.tree.get(state, "restarts")``.
+      axis_name: inside ``shard_map`` or ``pmap``, the axis or axes over which leaves are sharded,
+        for a restart that all devices agree on; None where every device holds all of each leaf.
       accumulator_dtype: floating dtype of the buffer; default: that of each parameter. Complex
         parameters keep a complex buffer of at least that precision.
 
@@ -48,8 +59,9 @@ def accelerate(
       dtype of the incoming updates and never changes a shape or dtype of its state.
 
     Raises:
-      ValueError: if accumulator_dtype is not a floating dtype; from ``init``, if a parameter is
-        neither floating nor complex.
+      ValueError: if accumulator_dtype is not a floating dtype or restart not a function; from
+        ``init``, if a parameter is neither floating nor complex, or for a restart of a rule
+        whose d or l is not 1.
 
     The point: any optimizer can be accelerated, and the iterate to evaluate is known.
 
@@ -69,6 +81,7 @@ def accelerate(
             f"dtype of each parameter, got {accumulator_dtype!r}; under inject_hyperparams name it "
             'in static_args=("accumulator_dtype",)'
         )
+    _restarting.check(restart)
 
     def init(params: optax.Params) -> AccelerateState:
         m = jax.tree_util.tree_map_with_path(
@@ -76,8 +89,12 @@ def accelerate(
             params,
         )
         carry = rule.init()
-        _warn_where_momentum_stalls(rule.step(carry)[1].beta, m)
-        return AccelerateState(m=m, carry=carry, readout=jnp.zeros([], float))
+        c = rule.step(carry)[1]
+        _warn_where_momentum_stalls(c.beta, m)
+        if restart is not None:
+            _restarting.check_rule(c)
+        start = () if restart is None else _restarting.start()
+        return AccelerateState(m=m, carry=carry, readout=jnp.zeros([], float), restart=start)
 
     def update(
         updates: optax.Updates,
@@ -85,8 +102,17 @@ def accelerate(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccelerateState]:
-        del params, extra_args
+        del params
         carry, c = rule.step(state.carry)
+        memory = state.restart
+        if restart is not None:
+            fire, memory = _restarting.decide(
+                restart, memory, updates, state.m, axis_name, extra_args.get("value")
+            )
+            # No branch and no pass of its own over the buffer: the scalars become those of m' = 0.
+            c = c._replace(beta=jnp.where(fire, 0, c.beta), kappa=jnp.where(fire, 0, c.kappa))
+            fresh = rule.init() if rule.restart is None else rule.restart(carry)
+            carry = jax.tree.map(lambda a, b: jnp.where(fire, a, b), fresh, carry)
         m = jax.tree.map(
             lambda u, m: m if u is None else _mix(c.beta, m, c.kappa, u).astype(m.dtype),
             updates,
@@ -101,7 +127,7 @@ def accelerate(
             is_leaf=_is_none,
         )
         readout = jnp.asarray(c.readout, state.readout.dtype)
-        return updates, AccelerateState(m=m, carry=carry, readout=readout)
+        return updates, AccelerateState(m=m, carry=carry, readout=readout, restart=memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

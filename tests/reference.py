@@ -44,3 +44,265 @@ def decoupled_sutskever(gradient, start, learning_rate, momentum, steps, weight_
         ys.append(y)
         xs.append(x)
     return np.stack(ys), np.stack(xs)
+
+
+def _two_points(gradient, start, learning_rate, steps, next_point):
+    """x' = y - lr grad(y) and y' = next_point(t, x', x, y); what most papers below write."""
+    x = y = np.array(start, dtype=np.float64)
+    ys, xs = [y], [x]
+    for t in range(steps):
+        x_old, x = x, y - learning_rate(t) * gradient(y)
+        y = next_point(t, x, x_old, y)
+        ys.append(y)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)
+
+
+def t_sequence(steps):
+    """t_0 = 1, t' = (1 + sqrt(1 + 4 t^2))/2."""
+    ts = [1.0]
+    for _ in range(steps):
+        ts.append((1 + np.sqrt(1 + 4 * ts[-1] ** 2)) / 2)
+    return ts
+
+
+def fista(gradient, start, learning_rate, steps):
+    """Beck & Teboulle 2009, equations 4.1-4.3, without the prox."""
+    ts = t_sequence(steps)
+    ahead = lambda t, x, x_old, y: x + (ts[t] - 1) / ts[t + 1] * (x - x_old)
+    return _two_points(gradient, start, learning_rate, steps, ahead)
+
+
+def chambolle_dossal(gradient, start, learning_rate, steps, a):
+    ts = [(k + a) / a for k in range(steps + 1)]
+    ahead = lambda t, x, x_old, y: x + (ts[t] - 1) / ts[t + 1] * (x - x_old)
+    return _two_points(gradient, start, learning_rate, steps, ahead)
+
+
+def strongly_convex(gradient, start, learning_rate, steps, q):
+    momentum = (1 - np.sqrt(q)) / (1 + np.sqrt(q))
+    ahead = lambda t, x, x_old, y: x + momentum * (x - x_old)
+    return _two_points(gradient, start, learning_rate, steps, ahead)
+
+
+def estimate_sequence(gradient, start, learning_rate, strong_convexity, steps):
+    """Nesterov 2004, scheme 2.2.6, three sequences; alpha_0 = 1 after a first gradient step."""
+    x = y = v = np.array(start, dtype=np.float64)
+    ys, xs, alphas = [y], [x], [1.0]
+    gamma = 1 / learning_rate(0)
+    for t in range(steps):
+        g = gradient(y)
+        # The first step of alpha = 1 lands v where x lands.
+        a = alphas[-1]
+        if t == 0:
+            v = y - learning_rate(0) * g
+        else:
+            mu = strong_convexity(t)
+            new = (1 - a) * gamma + a * mu
+            v = ((1 - a) * gamma * v + a * mu * y - a * g) / new
+            gamma = new
+        x = y - learning_rate(t) * g
+        lr, mu = learning_rate(t + 1), strong_convexity(t + 1)
+        alphas.append(np.roots([1 / lr, gamma - mu, -gamma]).max())
+        a = alphas[-1]
+        y = (a * gamma * v + ((1 - a) * gamma + a * mu) * x) / (gamma + a * mu)
+        ys.append(y)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs), np.array(alphas)
+
+
+def ogm(gradient, start, learning_rate, steps, horizon=None):
+    """Kim & Fessler 2014, algorithm OGM1; with a horizon the last x is y itself."""
+    ts = t_sequence(steps)
+    if horizon is not None:
+        ts[horizon] = (1 + np.sqrt(1 + 8 * ts[horizon - 1] ** 2)) / 2
+    ahead = lambda t, x, x_old, y: (
+        x + (ts[t] - 1) / ts[t + 1] * (x - x_old) + ts[t] / ts[t + 1] * (x - y)
+    )
+    ys, xs = _two_points(gradient, start, learning_rate, steps, ahead)
+    return ys, xs if horizon is None else np.concatenate([xs[:-1], ys[-1:]])
+
+
+def ogm_g_thetas(horizon):
+    thetas = np.ones(horizon + 1)
+    for k in reversed(range(horizon)):
+        thetas[k] = (1 + np.sqrt(1 + (8 if k == 0 else 4) * thetas[k + 1] ** 2)) / 2
+    return thetas
+
+
+def ogm_g(gradient, start, learning_rate, steps):
+    """Kim & Fessler 2018; the evaluated iterate is y."""
+    th = ogm_g_thetas(steps)
+
+    def ahead(t, x, x_old, y):
+        first = (th[t] - 1) * (2 * th[t + 1] - 1) / (th[t] * (2 * th[t] - 1))
+        return x + first * (x - x_old) + (2 * th[t + 1] - 1) / (2 * th[t] - 1) * (x - y)
+
+    ys, _ = _two_points(gradient, start, learning_rate, steps, ahead)
+    return ys, ys
+
+
+def xi_form(gradient, start, step, steps, beta, gamma, delta):
+    """xi' = (1+beta) xi - beta xi_ - step grad(y); y = (1+gamma) xi - gamma xi_; x with delta."""
+    old = xi = y = np.array(start, dtype=np.float64)
+    ys, xs = [y], [xi]
+    for t in range(steps):
+        old, xi = xi, (1 + beta) * xi - beta * old - step(t) * gradient(y)
+        y = (1 + gamma) * xi - gamma * old
+        ys.append(y)
+        xs.append((1 + delta) * xi - delta * old)
+    return np.stack(ys), np.stack(xs)
+
+
+def tmm(gradient, start, learning_rate, steps, q):
+    """Van Scoy, Freeman, Lynch 2018; learning_rate is 1/L."""
+    rho = 1 - np.sqrt(q)
+    return xi_form(
+        gradient, start, lambda t: (1 + rho) * learning_rate(t), steps,
+        beta=rho**2 / (2 - rho),
+        gamma=rho**2 / ((1 + rho) * (2 - rho)),
+        delta=rho**2 / (1 - rho**2),
+    )  # fmt: skip
+
+
+def robust_momentum(gradient, start, learning_rate, steps, q, robustness):
+    """Cyrus et al. 2017; learning_rate is 1/L."""
+    kappa = 1 / q
+    rho = robustness * (1 - 1 / kappa) + (1 - robustness) * (1 - 1 / np.sqrt(kappa))
+    alpha = kappa * (1 - rho) ** 2 * (1 + rho)
+    return xi_form(
+        gradient, start, lambda t: alpha * learning_rate(t), steps,
+        beta=kappa * rho**3 / (kappa - 1),
+        gamma=rho**3 / ((kappa - 1) * (1 - rho) ** 2 * (1 + rho)),
+        delta=0.0,
+    )  # fmt: skip
+
+
+def item_sequence(q, steps):
+    a = [0.0]
+    for _ in range(steps + 1):
+        root = np.sqrt((1 + a[-1]) * (1 + q * a[-1]))
+        a.append(((1 + q) * a[-1] + 2 * (1 + root)) / (1 - q) ** 2)
+    return a
+
+
+def item(gradient, start, learning_rate, steps, q):
+    """Taylor & Drori 2021, three sequences; the evaluated iterate is z."""
+    a = item_sequence(q, steps)
+    b = [a[k] / ((1 - q) * a[k + 1]) for k in range(steps + 1)]
+    x = y = z = np.array(start, dtype=np.float64)
+    ys, zs = [y], [z]
+    for k in range(steps):
+        delta = ((1 - q) ** 2 * a[k + 1] - (1 + q) * a[k]) / 2 / (1 + q + q * a[k])
+        step = learning_rate(k) * gradient(y)
+        x = y - step
+        z = (1 - q * delta) * z + q * delta * y - delta * step
+        y = (1 - b[k + 1]) * z + b[k + 1] * x
+        ys.append(y)
+        zs.append(z)
+    return np.stack(ys), np.stack(zs)
+
+
+def sc_ogm(gradient, start, learning_rate, steps, q):
+    """Park, Salas, Ryu 2021: an OGM step with constant coefficients."""
+    gamma = (np.sqrt(8 / q + 1) + 3) / (2 / q - 2)
+    ahead = lambda t, x, x_old, y: x + ((x - x_old) + (x - y)) / (2 * gamma + 1)
+    return _two_points(gradient, start, learning_rate, steps, ahead)
+
+
+def heavy_ball(gradient, start, learning_rate, momentum, steps):
+    """x' = x - lr grad(x) + momentum (x - x_)."""
+    old = x = np.array(start, dtype=np.float64)
+    xs = [x]
+    for t in range(steps):
+        old, x = x, x - learning_rate(t) * gradient(x) + momentum(t) * (x - old)
+        xs.append(x)
+    return np.stack(xs), np.stack(xs)
+
+
+def qhm(gradient, start, learning_rate, momentum, nu, steps):
+    """Ma & Yarats 2018, equations 3-4: the average is of gradients."""
+    x, average = np.array(start, dtype=np.float64), 0.0
+    xs = [x]
+    for t in range(steps):
+        g = gradient(x)
+        average = momentum(t) * average + (1 - momentum(t)) * g
+        x = x - learning_rate(t) * ((1 - nu(t)) * g + nu(t) * average)
+        xs.append(x)
+    return np.stack(xs), np.stack(xs)
+
+
+def primal_averaging(base_step, start, c, interpolation, steps):
+    """z' = z + base_step(y), x' = (1-c) x + c z', y = interpolation x + (1-interpolation) z."""
+    x = y = z = np.array(start, dtype=np.float64)
+    ys, xs = [y], [x]
+    for t in range(steps):
+        z = z + base_step(t, y)
+        x = (1 - c(t)) * x + c(t) * z
+        y = interpolation * x + (1 - interpolation) * z
+        ys.append(y)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)
+
+
+def agnes(gradient, start, learning_rate, momentum, ratio, steps):
+    """Gupta et al. 2023; velocity in parameter units: alpha = ratio*learning_rate."""
+    y = x = np.array(start, dtype=np.float64)
+    v = np.zeros_like(y)
+    ys, xs = [y], [x]
+    for t in range(steps):
+        g = gradient(y)
+        x = y - learning_rate(t) * g
+        v = momentum(t) * (v - ratio(t) * learning_rate(t) * g)
+        y = x + v
+        ys.append(y)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)
+
+
+def mass(gradient, start, learning_rate, steps, alpha, kappa):
+    """Liu & Belkin 2018, the authors' three sequences."""
+    y = w = v = np.array(start, dtype=np.float64)
+    ys, xs = [y], [w]
+    for t in range(steps):
+        g = gradient(y)
+        w = y - learning_rate(t) * g
+        v = (1 - alpha) * v + alpha * y - learning_rate(t) / (alpha * kappa) * g
+        y = alpha / (1 + alpha) * v + w / (1 + alpha)
+        ys.append(y)
+        xs.append(w)
+    return np.stack(ys), np.stack(xs)
+
+
+def accsgd(gradient, start, learning_rate, steps, kappa, xi, small_const):
+    """Kidambi et al. 2018, as the authors' code writes it."""
+    beta = 1 - small_const**2 * xi / kappa
+    zeta = small_const / (small_const + beta)
+    y = w = np.array(start, dtype=np.float64)
+    ys, xs = [y], [y]
+    for t in range(steps):
+        g = gradient(y)
+        long_step = learning_rate(t) * kappa / small_const
+        w = beta * ((1 / beta - 1) * w - long_step * g + y)
+        x = y - learning_rate(t) * g
+        y = zeta * x + (1 - zeta) * w
+        ys.append(y)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)
+
+
+def srsgd(gradient, start, learning_rate, period, steps):
+    """Wang et al. 2020, as the authors' code writes it."""
+    iteration = 1
+    y = old = np.array(start, dtype=np.float64)
+    ys, xs = [y], [y]
+    for t in range(steps):
+        x = y - learning_rate(t) * gradient(y)
+        y = x + (iteration - 1) / (iteration + 2) * (x - old)
+        old = x
+        iteration += 1
+        if iteration >= period(t):
+            iteration = 1
+        ys.append(y)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)

@@ -57,6 +57,12 @@ CASES = {
         dict(learning_rate=0.05, switch_step=20, transition_steps=5, sgd_learning_rate=0.1),
         static=("switch_step", "transition_steps"),
     ),
+    "fista": Case(nag_jax.fista, dict(learning_rate=0.1), static=("prox", "restart")),
+    "fista scheduled": Case(
+        nag_jax.fista,
+        dict(learning_rate=HALVING, prox=nag_jax.proximal.elastic_net(1e-4, 1e-4), restart="speed"),
+        static=("prox", "restart"),
+    ),
     "clipped": Case(clipped, dict(learning_rate=0.05, momentum=0.5)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

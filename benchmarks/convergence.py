@@ -1,0 +1,201 @@
+"""Gradient evaluations to a relative gap, side by side with jaxopt, on scikit-learn's problems.
+
+    python -m benchmarks.convergence
+
+Needs jaxopt 0.8.5 beside the examples' packages. Writes results/convergence.json and the table in
+README.md. A gradient evaluation of ``minimize`` is a step; products with the Hessian for its
+learning rate are counted apart, at two gradients each in the total. One of jaxopt is an iteration;
+the function values of its line search are not counted.
+"""
+
+import importlib
+import json
+import platform
+import sys
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import nag_jax
+from examples import convex
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "convergence.json"
+STEPS = 6000
+GAPS = {"float64": (1e-3, 1e-6, 1e-9), "float32": (1e-3, 1e-6)}
+
+
+def to_gaps(values: np.ndarray, low: float, gaps: tuple[float, ...]) -> list[int | None]:
+    """The number of steps to each relative gap; None: not within the run."""
+    below = [np.flatnonzero(values - low <= gap * abs(low)) for gap in gaps]
+    return [int(hits[0]) + 1 if len(hits) else None for hits in below]
+
+
+def hessian_products(problem: convex.Problem) -> int:
+    """How many ``minimize`` spends on its learning rate: calls of the loss, run eagerly."""
+    calls = []
+
+    def loss(params: Any) -> jax.Array:
+        calls.append(None)
+        return problem.loss(params)
+
+    with jax.disable_jit():
+        nag_jax.largest_curvature(loss, problem.start)
+    return len(calls)
+
+
+def jaxopt_iterates(jaxopt: Any, problem: convex.Problem, **arguments: Any) -> jax.Array:
+    """Params of each iteration of its accelerated proximal gradient method."""
+    prox = lambda v, _, step=1.0: v if problem.prox is None else problem.prox(v, step)
+    solver = jaxopt.ProximalGradient(
+        problem.loss, prox, acceleration=True, tol=0, maxiter=STEPS, implicit_diff=False,
+        **arguments,
+    )  # fmt: skip
+
+    def body(carry: Any, _: Any) -> Any:
+        params, state = solver.update(*carry, None)
+        return (params, state), params
+
+    carry = problem.start, solver.init_state(problem.start, None)
+    return jax.jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[1])(carry)
+
+
+def iterates(problem: convex.Problem, optimizer: Any) -> jax.Array:
+    """The evaluated iterate of each step of an optax optimizer."""
+
+    def body(carry: Any, _: Any) -> Any:
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(problem.loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        accelerated = optax.tree.get(state, "readout") is not None
+        return (params, state), nag_jax.eval_params(params, state) if accelerated else params
+
+    carry = problem.start, optimizer.init(problem.start)
+    return jax.jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[1])(carry)
+
+
+def measure(jaxopt: Any, name: str, dtype: str) -> list[dict[str, Any]]:
+    """One row for each method on one problem; objectives are computed in float64."""
+    exact = next(p for p in convex.problems() if p.name == name)
+    problem = next(p for p in convex.problems(jnp.dtype(dtype)) if p.name == name)
+    lr = 1 / nag_jax.largest_curvature(problem.loss, problem.start)
+    heads = nag_jax.proximal.prox_step(problem.prox, lr) if problem.prox else optax.sgd(lr)
+    methods = {
+        "gradient descent": iterates(problem, heads),
+        "fista": iterates(problem, nag_jax.fista(lr, problem.prox, restart=None)),
+        "minimize (fista + restart)": iterates(problem, nag_jax.fista(lr, problem.prox)),
+        "jaxopt, line search": jaxopt_iterates(jaxopt, problem),
+        "jaxopt, stepsize=1/L": jaxopt_iterates(jaxopt, problem, stepsize=float(lr)),
+    }
+    if problem.prox is None:
+        methods["optax.sgd(nesterov), 0.9"] = iterates(problem, optax.sgd(lr, 0.9, nesterov=True))
+        methods["ogm + restart"] = iterates(problem, nag_jax.ogm(lr))
+    objective = jax.jit(lambda xs: jax.lax.map(exact.objective, xs.astype(jnp.float64)))
+    values = {method: np.asarray(objective(xs)) for method, xs in methods.items()}
+    best = [np.nanmin(v) for v in values.values()] if dtype == "float64" else []
+    low = min([float(exact.objective(jnp.asarray(exact.solve()))), *best])
+    products = hessian_products(problem)
+    return [
+        {
+            "problem": name,
+            "dtype": dtype,
+            "method": method,
+            "gradients": to_gaps(v, low, GAPS[dtype]),
+            "hessian_products": 0 if method == "jaxopt, line search" else products,
+            "finite": bool(np.all(np.isfinite(v))),
+        }
+        for method, v in values.items()
+    ]
+
+
+def separable(jaxopt: Any) -> dict[str, Any]:
+    """Steps of each default on separable logistic regression in float32 until it is not finite."""
+    rng = np.random.default_rng(3)
+    features = rng.standard_normal((80, 20))
+    signs = np.sign(features @ (5 * rng.standard_normal(20)))
+    margins = jnp.asarray(-signs[:, None] * features, jnp.float32)
+    loss = lambda p: jnp.mean(jnp.logaddexp(jnp.float32(0), margins @ p))
+    nothing = lambda p: 0.0
+    start = jnp.zeros(20, jnp.float32)
+    problem = convex.Problem("separable", loss, nothing, None, start, lambda: np.zeros(20), 0.0)
+    lr = 1 / nag_jax.largest_curvature(loss, start)
+    row = {}
+    for name, xs in (
+        ("jaxopt, line search", jaxopt_iterates(jaxopt, problem)),
+        ("minimize (fista + restart)", iterates(problem, nag_jax.fista(lr))),
+    ):
+        bad = np.flatnonzero(~np.all(np.isfinite(np.asarray(xs)), axis=1))
+        last = np.asarray(xs)[bad[0] - 1 if len(bad) else -1]
+        row[name] = {
+            "first_not_finite": int(bad[0]) + 1 if len(bad) else None,
+            "last_finite_loss": float(loss(last)),
+        }
+    return row
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown; the total counts a Hessian product as two gradients."""
+    show = lambda n: "-" if n is None else str(n)
+    lines = [
+        f"`{results['command']}`, {results['date']}, {results['machine']}; "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ".",
+        "",
+        "| problem | dtype | method | 1e-3 | 1e-6 | 1e-9 | Hessian products |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in results["rows"]:
+        counts = [show(n) for n in row["gradients"]] + [""] * (3 - len(row["gradients"]))
+        lines.append(
+            f"| {row['problem']} | {row['dtype']} | {row['method']} | "
+            f"{' | '.join(counts)} | {row['hessian_products'] or ''} |"
+        )
+    lines += ["", f"Separable logistic regression, float32, {results['steps']} iterations:", ""]
+    for name, row in results["separable"].items():
+        end = row["first_not_finite"]
+        state = "finite throughout" if end is None else f"not finite from iteration {end} on"
+        lines.append(f"* {name}: {state}, last finite loss {row['last_finite_loss']:.1e}")
+    return "\n".join(lines)
+
+
+def write_readme(results: dict[str, Any]) -> None:
+    """Replaces what stands between the markers of the benchmark's README."""
+    path, begin, end = HERE / "README.md", "<!-- convergence -->\n", "<!-- /convergence -->"
+    text = path.read_text()
+    before, after = text.split(begin)[0], text.split(end)[1]
+    path.write_text(f"{before}{begin}{table(results)}\n{end}{after}")
+
+
+def main() -> None:
+    jaxopt = importlib.import_module("jaxopt")
+    jax.config.update("jax_enable_x64", True)
+    names = [problem.name for problem in convex.problems()]
+    rows = [
+        row for dtype in GAPS for name in names for row in measure(jaxopt, name, dtype)
+    ]  # fmt: skip
+    results = {
+        "command": "python -m benchmarks.convergence",
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jax", "optax", "jaxopt", "scikit-learn")},
+        },
+        "steps": STEPS,
+        "rows": rows,
+        "separable": separable(jaxopt),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_readme(results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Arithmetic in float32 at least, over trees in which a leaf may have no gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def wide(x: Any) -> jax.Array:
+    """``x`` in float32 at least; complex64 at least where it is complex."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def real_like(scalar: Any, like: jax.Array) -> jax.Array:
+    """``scalar`` in the real dtype of ``like``, float32 at least."""
+    return jnp.asarray(scalar, jnp.finfo(jnp.promote_types(like.dtype, jnp.float32)).dtype)
+
+
+def map_gradients(function: Callable[..., Any], *trees: Any) -> Any:
+    """``jax.tree.map`` that keeps a None of the first tree, whatever the others hold there."""
+    return jax.tree.map(
+        lambda g, *rest: None if g is None else function(g, *rest),
+        *trees,
+        is_leaf=lambda node: node is None,
+    )

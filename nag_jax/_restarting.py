@@ -1,0 +1,85 @@
+"""What ``accelerate`` does with a restart condition; the conditions are in ``restart.py``."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nag_jax._arithmetic import map_gradients, wide
+from nag_jax._rule import Coefficients
+
+
+class Seen(NamedTuple):
+    """What a condition may look at: x is the iterate, u the step that the chain proposes."""
+
+    steps: jax.Array  # since the last restart, int32 []
+    remembered: jax.Array  # what the condition returned last, float []; 0 at first
+    u: Any  # like params
+    v: Any  # x_{k+1} - x_k = m + u, like params
+    dot: Callable[[Any, Any], jax.Array]  # real inner product over all leaves and devices
+    value: Any  # of the loss at params, if update was called with value=
+
+
+class RestartState(NamedTuple):
+    """What a restart condition adds to the state of ``accelerate``."""
+
+    restarts: jax.Array  # how often it fired, shape=(), int32
+    steps: jax.Array  # since the last restart, shape=(), int32
+    remembered: jax.Array  # shape=(), default float dtype
+
+
+Condition = Callable[[Seen], tuple[Any, Any]]
+
+
+def start() -> RestartState:
+    """The state before the first step."""
+    zero = lambda dtype: jnp.zeros([], dtype)  # one buffer each, so that all can be donated
+    return RestartState(restarts=zero(jnp.int32), steps=zero(jnp.int32), remembered=zero(float))
+
+
+def decide(
+    condition: Condition, state: Any, u: Any, m: Any, axis_name: Any, loss: Any
+) -> tuple[jax.Array, RestartState]:
+    """Whether to restart now, and the state after that."""
+    v = map_gradients(lambda u, m: wide(m) + wide(u), u, m)
+    dot = lambda a, b: _inner_product(a, b, axis_name)
+    fire, remembered = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
+    return jnp.asarray(fire), RestartState(
+        restarts=state.restarts + jnp.asarray(fire, jnp.int32),
+        steps=jnp.where(fire, 0, state.steps + 1),
+        remembered=jnp.asarray(remembered, state.remembered.dtype),
+    )
+
+
+def check(condition: Any) -> None:
+    """Raises ValueError if ``condition`` is neither None nor a function."""
+    if condition is not None and not callable(condition):
+        raise ValueError(
+            "restart must be None or a condition such as nag_jax.restart.gradient, got "
+            f"{condition!r}"
+        )
+
+
+def check_rule(c: Coefficients) -> None:
+    """Raises ValueError for a rule that a restart would not bring back to the gradient step."""
+    for scalar in (c.direct, c.lookahead):
+        if not isinstance(scalar, int | float) or scalar != 1:
+            raise ValueError(
+                "restart needs a rule with update = u + m', got direct="
+                f"{c.direct}, lookahead={c.lookahead}; use rules.fista(), nesterov(), ogm(), ..."
+            )
+
+
+def _inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
+    """Real part of <a, b> over all leaves, and over the devices of ``axis_name``, in float32."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    terms = [jnp.sum((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
+    axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    # A leaf that all devices hold in full counts once, where shard_map tells which those are.
+    varying = [frozenset(getattr(jax.typeof(x), "vma", ())) & set(axes) for x in terms]
+    total = jnp.zeros([], float)
+    for term, vary in zip(terms, varying, strict=True):
+        over = tuple(vary) if any(varying) else axes
+        total = total + (jax.lax.psum(term, over) if over else term)
+    return total

@@ -1,0 +1,83 @@
+"""What a rule is: a few scalars a step, and the checks that rules share.
+
+A rule is a pair ``(init, step)`` on scalars. ``init()`` gives the carry (a step count, FISTA's
+``t``, ...) and ``step(carry)`` the next carry and the step's ``Coefficients``. With ``u`` the
+additive step that arrives at the kernel and ``m`` its one buffer, the coefficients mean
+
+    m'     = beta*m + kappa*u
+    update = direct*u + lookahead*m'
+    x_eval = params + readout*m'
+
+A constant coefficient is a Python float, so that it costs nothing on the device.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from nag_jax._checks import check_range
+
+Scalar = float | jax.Array
+
+
+class Coefficients(NamedTuple):
+    """The scalars of one step of the kernel (see the module's docstring)."""
+
+    beta: Scalar  # decay of the buffer
+    kappa: Scalar  # weight of the new step in the buffer
+    direct: Scalar = 1.0  # weight of the new step in the update
+    lookahead: Scalar = 1.0  # weight of the new buffer in the update
+    readout: Scalar = -1.0  # from params to the iterate to evaluate, in units of the buffer
+
+
+class Rule(NamedTuple):
+    """A method: ``init() -> carry`` and ``step(carry) -> (carry, Coefficients)``, scalars only.
+
+    ``restart(carry) -> carry`` is what a restart leaves of the carry: without it, ``init()``.
+    """
+
+    init: Callable[[], Any]
+    step: Callable[[Any], tuple[Any, Coefficients]]
+    restart: Callable[[Any], Any] | None = None
+
+
+def constant(coefficients: Coefficients) -> Rule:
+    """The rule of a method whose scalars never change: nothing is carried."""
+    return Rule(init=lambda: (), step=lambda carry: (carry, coefficients))
+
+
+def first_step() -> jax.Array:
+    """The carry of rules that count: 0, int32."""
+    return jnp.zeros([], jnp.int32)
+
+
+def at_step(value: optax.ScalarOrSchedule, k: jax.Array) -> Any:
+    """The number itself, or the schedule's value at integer step ``k``."""
+    # Widened to the default integer: under x64 an int32 step would make schedules float32.
+    return value(k.astype(int)) if callable(value) else value
+
+
+def check_momentum(momentum: optax.ScalarOrSchedule) -> None:
+    """Raises ValueError if ``momentum`` is a number outside [0, 1)."""
+    hint = (
+        "for momentum that tends to 1 pass a schedule such as nag_jax.schedules.convex(); "
+        "bfloat16 rounds 0.999 to 1, so give inject_hyperparams hyperparam_dtype=jnp.float32"
+    )
+    check_range("momentum", momentum, 0.0, 1.0, hint=hint)
+
+
+def check_conditioning(q: Any, *, below_one: bool = False) -> Any:
+    """``q`` = mu/L as a Python float, a tracer as it is; ValueError outside (0, 1] or (0, 1)."""
+    if isinstance(q, Tracer):
+        return q
+    allowed = "(0, 1)" if below_one else "(0, 1]"
+    if not isinstance(q, str) and 0.0 < q <= 1.0 and not (below_one and q == 1.0):
+        return float(q)
+    raise ValueError(
+        f"q = mu/L must be in {allowed}, got {q!r}; 1/q is the condition number, and without a "
+        "known mu use rules.fista() with a restart"
+    )

@@ -1,0 +1,137 @@
+"""The family's methods by the names that people call them, each a short chain."""
+
+from typing import Any
+
+import optax
+
+from nag_jax import restart as conditions
+from nag_jax import rules
+from nag_jax._checks import check_choice, check_range
+from nag_jax.kernel import accelerate
+from nag_jax.proximal import Prox, prox_step
+
+
+def fista(
+    learning_rate: optax.ScalarOrSchedule,
+    prox: Prox | None = None,
+    *,
+    restart: Any = "gradient",
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""FISTA with adaptive restart: convex problems, smooth or with a penalty or constraint.
+
+    .. math::
+        x_{k+1} = \mathrm{prox}(y_k - \epsilon \nabla f(y_k)), \qquad
+        y_{k+1} = x_{k+1} + \frac{t_k - 1}{t_{k+1}} (x_{k+1} - x_k)
+
+    Params are y, in general neither sparse nor feasible; ``eval_params`` is x. Gradients must be
+    exact: on mini-batches ``nag`` or ``rules.srsgd`` is the one to take. ``nag_jax.minimize`` runs
+    it to a tolerance with the learning rate found.
+
+    Args:
+      learning_rate: :math:`\epsilon`, at least 0, best 1/L (``nag_jax.largest_curvature``), or a
+        schedule of the integer step that varies little (see ``rules.estimate_sequence``).
+      prox: of a penalty or constraint, from ``nag_jax.proximal``; None: none.
+      restart: "gradient", "value" (update then needs ``value=loss``), "speed", None for never, or
+        a condition from ``nag_jax.restart``.
+      accumulator_dtype: floating dtype of the buffer; None: that of each parameter.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``; its update needs ``params`` if there is a prox.
+      Under ``inject_hyperparams`` prox, restart and accumulator_dtype are static arguments.
+
+    Raises:
+      ValueError: for a negative learning rate or an unknown restart.
+
+    The point: least squares under a constraint, to rounding, knowing only L.
+
+    >>> a, b = jnp.array([[2.0, 1.0], [1.0, 3.0], [0.0, 1.0]]), jnp.array([1.0, 2.0, 3.0])
+    >>> loss = lambda p: jnp.sum((a @ p - b) ** 2) / 2
+    >>> optimizer = nag_jax.fista(1 / 13, nag_jax.proximal.nonnegative())
+    >>> params = jnp.zeros(2)
+    >>> state = optimizer.init(params)
+    >>> for _ in range(60):
+    ...     updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> print([f"{x:.4f}" for x in nag_jax.eval_params(params, state)])
+    ['0.0000', '0.9091']
+
+    References:
+      Beck, Teboulle, A fast iterative shrinkage-thresholding algorithm for linear inverse
+      problems, SIAM J. Imaging Sciences 2, 2009. O'Donoghue, Candes, Adaptive restart for
+      accelerated gradient schemes, 2012, arXiv:1204.3982.
+    """
+    check_range("learning_rate", learning_rate, 0.0)
+    head = _descent(learning_rate) if prox is None else prox_step(prox, learning_rate)
+    kernel = accelerate(
+        rules.fista(), restart=_condition(restart), accumulator_dtype=accumulator_dtype
+    )
+    return optax.chain(head, kernel)
+
+
+def ogm(
+    learning_rate: optax.ScalarOrSchedule, *, restart: Any = "gradient"
+) -> optax.GradientTransformationExtraArgs:
+    """The optimized gradient method with restart: smooth convex problems without a prox.
+
+    Half of FISTA's worst case (without a restart), for a learning rate of exactly 1/L or below:
+    unlike FISTA it has no slack above. See ``rules.ogm``.
+
+    Args:
+      learning_rate: at least 0, best 1/L, or a schedule of the integer step.
+      restart: as in :func:`fista`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      ValueError: for a negative learning rate or an unknown restart.
+
+    >>> optimizer = nag_jax.ogm(0.1)  # L = 10
+
+    References:
+      Kim, Fessler, Optimized first-order methods for smooth convex minimization, 2014,
+      arXiv:1406.5468. Kim, Fessler, Adaptive restart of the optimized gradient method for convex
+      optimization, 2017, arXiv:1703.04641.
+    """
+    check_range("learning_rate", learning_rate, 0.0)
+    return optax.chain(
+        _descent(learning_rate), accelerate(rules.ogm(), restart=_condition(restart))
+    )
+
+
+def tmm(learning_rate: optax.ScalarOrSchedule, q: Any) -> optax.GradientTransformationExtraArgs:
+    """The triple momentum method: smooth, strongly convex problems of known conditioning.
+
+    The fastest of all with constant coefficients, for a learning rate of 1/L or below and a q not
+    above the true one; if q is not known, :func:`ogm` or :func:`fista`. See ``rules.tmm``.
+
+    Args:
+      learning_rate: at least 0, best 1/L, or a schedule of the integer step.
+      q: strong convexity over smoothness, mu/L, in (0, 1].
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    >>> optimizer = nag_jax.tmm(0.1, q=1e-3)  # L = 10, mu = 0.01
+
+    References:
+      Van Scoy, Freeman, Lynch, The fastest known globally convergent first-order method for
+      minimizing strongly convex functions, IEEE Control Systems Letters 2, 2018.
+    """
+    check_range("learning_rate", learning_rate, 0.0)
+    return optax.chain(_descent(learning_rate), accelerate(rules.tmm(q)))
+
+
+def _descent(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return optax.scale_by_learning_rate(learning_rate)
+
+
+def _condition(restart: Any) -> Any:
+    if restart is None or callable(restart):
+        return restart
+    check_choice("restart", restart, ("gradient", "value", "speed"))
+    return getattr(conditions, restart)

@@ -1,0 +1,87 @@
+"""Restart conditions for ``accelerate(rule, restart=...)``: when momentum is better forgotten.
+
+Without known strong convexity, momentum that tends to 1 overshoots and oscillates. A restart
+empties the buffer (the next params are params + u) and starts the rule's scalars anew, which on
+well-behaved problems gives the linear rate of the best constant momentum to within a constant.
+
+A condition is a function ``seen -> (fire, remembered)`` of what :class:`Seen` holds, the second a
+number that it sees again at the next step. A new one is one more function; none needs a buffer.
+"""
+
+from typing import Any
+
+from nag_jax._checks import check_range
+from nag_jax._restarting import Condition as Condition
+from nag_jax._restarting import RestartState as RestartState
+from nag_jax._restarting import Seen as Seen
+
+
+def gradient(seen: Seen) -> tuple[Any, Any]:
+    r"""Restarts where the step opposes the momentum: :math:`\langle u, x_{k+1} - x_k \rangle < 0`.
+
+    The best general choice: no evaluation and nothing to remember. With ``prox_step`` u is the
+    negative generalized gradient. On mini-batches it fires at random: use ``rules.srsgd`` there.
+
+    >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.gradient)
+
+    References:
+      O'Donoghue, Candes, Adaptive restart for accelerated gradient schemes, 2012,
+      arXiv:1204.3982, section 3.2.
+    """
+    return seen.dot(seen.u, seen.v) < 0, seen.remembered
+
+
+def value(seen: Seen) -> tuple[Any, Any]:
+    """Restarts where the loss at params has grown; update needs ``value=loss`` for that.
+
+    Near the minimum differences of values drown in rounding where :func:`gradient` still works.
+
+    Raises:
+      ValueError: from update, if it is called without ``value``.
+
+    >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.value)
+
+    References:
+      O'Donoghue, Candes, Adaptive restart for accelerated gradient schemes, 2012,
+      arXiv:1204.3982, section 3.1 (there at x, one more evaluation).
+    """
+    if seen.value is None:
+        raise ValueError(
+            "restart.value needs the loss at params, got none; call "
+            "optimizer.update(gradients, state, params, value=loss), or use restart.gradient"
+        )
+    return (seen.steps > 0) & (seen.value > seen.remembered), seen.value
+
+
+def speed(seen: Seen) -> tuple[Any, Any]:
+    r"""Restarts where :math:`\|x_{k+1} - x_k\|` shrinks, not before 10 steps after the last one.
+
+    Slower than :func:`gradient` on quadratics, and the one with a proof of linear convergence in
+    continuous time.
+
+    >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.speed)
+
+    References:
+      Su, Boyd, Candes, A differential equation for modeling Nesterov's accelerated gradient
+      method, 2015, arXiv:1503.01243, section 5.
+    """
+    now = seen.dot(seen.v, seen.v)
+    return (seen.steps >= 10) & (now < seen.remembered), now
+
+
+def every(n: int) -> Condition:
+    r"""Restarts every n steps; :math:`n = e \sqrt{8/q}` is the best for known q = mu/L.
+
+    Args:
+      n: at least 1.
+
+    Returns:
+      A condition.
+
+    Raises:
+      ValueError: if n is below 1.
+
+    >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.every(100))
+    """
+    check_range("n", n, 1)
+    return lambda seen: (seen.steps + 1 >= n, seen.remembered)

@@ -1,0 +1,262 @@
+"""Rules made for noisy gradients and for averaging; public as ``rules.agnes`` and so on.
+
+All are in units of the parameters like Nesterov's own: they stand after the learning rate unless
+their docstring says otherwise.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from nag_jax._checks import check_range
+from nag_jax._rule import Coefficients, Rule, at_step, check_momentum, constant, first_step
+
+
+def heavy_ball(momentum: optax.ScalarOrSchedule = 0.9) -> Rule:
+    r"""Polyak's momentum: :math:`m' = \mu_k m + u`, params move by :math:`m'`.
+
+    With a constant learning rate it is ``optax.sgd(momentum=...)``. It has no accelerated bound
+    beyond quadratics, and tuned for them it can cycle on other strongly convex functions.
+
+    Args:
+      momentum: :math:`\mu`, a number in [0, 1) or a schedule of the integer step.
+
+    Returns:
+      A rule whose carry is the step, int32 ``[]``.
+
+    Raises:
+      ValueError: if momentum is a number outside [0, 1).
+
+    >>> optimizer = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.heavy_ball(0.9)))
+
+    References:
+      Polyak, Some methods of speeding up the convergence of iteration methods, USSR Computational
+      Mathematics and Mathematical Physics 4, 1964.
+    """
+    check_momentum(momentum)
+
+    def step(k: Any) -> tuple[Any, Coefficients]:
+        c = Coefficients(beta=at_step(momentum, k), kappa=1.0, direct=0.0, readout=0.0)
+        return optax.safe_increment(k), c
+
+    return Rule(first_step, step)
+
+
+def qhm(momentum: optax.ScalarOrSchedule = 0.999, nu: optax.ScalarOrSchedule = 0.7) -> Rule:
+    r"""Quasi-hyperbolic momentum: a mean of the plain step and of its moving average.
+
+    .. math:: m' = \mu_k m + (1 - \mu_k) u, \qquad \mathrm{update} = (1 - \nu_k) u + \nu_k m'
+
+    ``nu=momentum`` is Nesterov's method with learning rate :math:`(1-\mu) \epsilon`. The paper
+    averages gradients: for its numbers under a learning-rate schedule put the kernel *before* the
+    learning rate, which this rule allows, ``chain(accelerate(qhm()), scale_by_learning_rate(lr))``.
+
+    Args:
+      momentum: :math:`\mu`, a number in [0, 1) or a schedule of the integer step.
+      nu: :math:`\nu`, a number of at least 0, usually up to 1, or a schedule of the integer step.
+
+    Returns:
+      A rule whose carry is the step, int32 ``[]``.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    >>> averaged = nag_jax.accelerate(rules.qhm(0.999, nu=0.7))
+    >>> optimizer = optax.chain(averaged, optax.scale_by_learning_rate(1.0))
+
+    References:
+      Ma, Yarats, Quasi-hyperbolic momentum and Adam for deep learning, 2018, arXiv:1810.06801.
+    """
+    check_momentum(momentum)
+    check_range("nu", nu, 0.0)
+
+    def step(k: Any) -> tuple[Any, Coefficients]:
+        mu, weight = at_step(momentum, k), at_step(nu, k)
+        c = Coefficients(mu, kappa=1 - mu, direct=1 - weight, lookahead=weight, readout=0.0)
+        return optax.safe_increment(k), c
+
+    return Rule(first_step, step)
+
+
+def gpa(momentum: float = 0.9967, interpolation: float = 0.7) -> Rule:
+    r"""Generalized primal averaging: train between the base optimizer's iterate and its average.
+
+    .. math::
+        y = \mu_y x + (1 - \mu_y) z, \qquad z' = z + u(y), \qquad x' = \mu_x x + (1 - \mu_x) z'
+
+    for any base optimizer's step u: ``chain(adamw(lr), accelerate(gpa()))``. x, the average, is
+    the iterate to evaluate. In y it is :func:`qhm` on the base's updates, and with
+    :math:`\mu_x = \mu_y` Nesterov's method at learning rate :math:`(1-\mu) \epsilon`. In place
+    of an outer loop of H steps with momentum :math:`\mu`, take :math:`\mu_x = \mu^{1/H}`. Decay
+    of the base acts on y.
+
+    Args:
+      momentum: :math:`\mu_x`, in [0, 1).
+      interpolation: :math:`\mu_y`, in [0, 1).
+
+    Returns:
+      A rule without a carry.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    >>> optimizer = optax.chain(optax.adamw(1e-3), nag_jax.accelerate(rules.gpa()))
+
+    References:
+      Defazio, Mishchenko, Raman, Shi, Xiao, Smoothing DiLoCo with primal averaging for faster
+      training of LLMs, 2025, arXiv:2512.17131.
+    """
+    check_range("momentum", momentum, 0.0, 1.0)
+    check_range("interpolation", interpolation, 0.0, 1.0)
+    return constant(
+        Coefficients(
+            beta=momentum,
+            kappa=1 - momentum,
+            direct=1 - interpolation,
+            lookahead=interpolation,
+            readout=-(1 - interpolation) * momentum / (1 - momentum),
+        )
+    )
+
+
+def agnes(momentum: optax.ScalarOrSchedule = 0.99, ratio: optax.ScalarOrSchedule = 0.01) -> Rule:
+    r"""AGNES: Nesterov's method with a second step size, for noise that scales with the gradient.
+
+    .. math::
+        x_{k+1} = y_k + u_k, \qquad
+        s_{k+1} = \rho_k (s_k + \tfrac{\alpha}{\eta} u_k), \qquad y_{k+1} = x_{k+1} + s_{k+1}
+
+    with :math:`u = -\eta g`. A ratio of 1 is Nesterov's method, which diverges once the noise
+    :math:`E\|g - \nabla f\|^2 = \sigma^2 \|\nabla f\|^2` has :math:`\sigma \ge 1`. With
+    :math:`\eta = 1/(L (1 + \sigma^2))`, :math:`\rho = (1 + \sigma^2 - \sqrt q)/(1 + \sigma^2 +
+    \sqrt q)` and a ratio of :math:`(1 - \sqrt q)/(1 - \sqrt q + \sigma^2)` the expected gap falls
+    by :math:`1 - \sqrt q/(1 + \sigma^2)` a step.
+
+    Args:
+      momentum: :math:`\rho`, a number in [0, 1) or a schedule of the integer step.
+      ratio: :math:`\alpha/\eta`, a number of at least 0 or a schedule of the integer step. The
+        authors' defaults are :math:`\alpha = 0.001` and :math:`\eta = 0.1`; the learning rate of
+        the chain is :math:`\eta`, so decaying it decays both.
+
+    Returns:
+      A rule whose carry is the step, int32 ``[]``.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    >>> optimizer = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.agnes(0.99, 0.01)))
+
+    References:
+      Gupta, Siegel, Wojtowytsch, Nesterov acceleration despite very noisy gradients, 2023,
+      arXiv:2302.05515.
+    """
+    check_momentum(momentum)
+    check_range("ratio", ratio, 0.0)
+
+    def step(k: Any) -> tuple[Any, Coefficients]:
+        rho = at_step(momentum, k)
+        return optax.safe_increment(k), Coefficients(beta=rho, kappa=rho * at_step(ratio, k))
+
+    return Rule(first_step, step)
+
+
+def mass(alpha: float = 0.05, kappa: float = 12.0) -> Rule:
+    r"""MaSS: Nesterov's method with a compensation that keeps it accelerated under noise.
+
+    .. math::
+        w' = y - \eta g, \qquad
+        y' = w' + \gamma (w' - w) + \eta_2 g, \quad \gamma = \frac{1 - a}{1 + a}, \quad
+        \eta_2 = \eta\, \frac{1 - 1/\tilde\kappa}{1 + a}
+
+    Args:
+      alpha: a, in (0, 1]; :math:`1/\sqrt{\kappa \tilde\kappa}` for mini-batches.
+      kappa: the statistical condition number :math:`\tilde\kappa`, at least 1.
+
+    Returns:
+      A rule without a carry.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    >>> optimizer = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.mass()))
+
+    References:
+      Liu, Belkin, Accelerating SGD with momentum for over-parameterized learning, 2018,
+      arXiv:1810.13395.
+    """
+    if not 0.0 < alpha <= 1.0:
+        raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
+    check_range("kappa", kappa, 1.0)
+    beta = (1 - alpha) / (1 + alpha)
+    return constant(Coefficients(beta=beta, kappa=(1 / kappa - alpha) / (1 + alpha)))
+
+
+def accsgd(kappa: float = 1000.0, xi: float = 10.0, small_const: float = 0.7) -> Rule:
+    r"""AccSGD: a short step towards the gradient step and a long one, mixed.
+
+    .. math::
+        w' = (1 - \beta) w + \beta (y - \tfrac{\kappa}{c} \epsilon g), \qquad
+        y' = \zeta (y - \epsilon g) + (1 - \zeta) w'
+
+    with :math:`\beta = 1 - c^2 \xi/\kappa` and :math:`\zeta = c/(c + \beta)`.
+
+    Args:
+      kappa: ratio of long to short step, at least 1.
+      xi: statistical advantage parameter, above 0; :math:`c^2 \xi` must be below kappa.
+      small_const: c, in (0, 1].
+
+    Returns:
+      A rule without a carry.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    >>> optimizer = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.accsgd()))
+
+    References:
+      Jain, Kakade, Kidambi, Netrapalli, Sidford, Accelerating stochastic gradient descent, 2017,
+      arXiv:1704.08227. Kidambi, Netrapalli, Jain, Kakade, On the insufficiency of existing
+      momentum schemes for stochastic optimization, 2018, arXiv:1803.05591.
+    """
+    check_range("kappa", kappa, 1.0)
+    if not 0.0 < small_const <= 1.0:
+        raise ValueError(f"small_const must be in (0, 1], got {small_const!r}")
+    check_range("xi", xi, 0.0, kappa / small_const**2, low_open=True)
+    beta = 1 - small_const**2 * xi / kappa
+    zeta = small_const / (small_const + beta)
+    weight = (1 - zeta) * (beta * kappa / small_const - 1)
+    return constant(Coefficients(beta=(1 - beta) * zeta, kappa=weight))
+
+
+def srsgd(period: optax.ScalarOrSchedule = 100) -> Rule:
+    r"""Scheduled restart SGD: FISTA-like momentum that starts anew every ``period`` steps.
+
+    .. math:: \mu_k = \frac{j - 1}{j + 2}, \qquad j = 1, 2, \ldots, \mathrm{period} - 1, 1, \ldots
+
+    A restart by the calendar, since with noisy gradients a tested one fires at random.
+
+    Args:
+      period: at least 2, or a schedule of the integer step (the authors let it grow).
+
+    Returns:
+      A rule whose carry is the step and j, int32 ``[]``.
+
+    Raises:
+      ValueError: if period is below 2.
+
+    >>> optimizer = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.srsgd(period=100)))
+
+    References:
+      Wang, Nguyen, Sun, Bertozzi, Baraniuk, Osher, Scheduled restart momentum for accelerated
+      stochastic gradient descent, 2020, arXiv:2002.10583.
+    """
+    check_range("period", period, 2)
+
+    def step(carry: Any) -> tuple[Any, Coefficients]:
+        k, j = carry
+        mu = (jnp.asarray(j, float) - 1) / (jnp.asarray(j, float) + 2)
+        after = jnp.where(j + 1 < at_step(period, k), j + 1, 1)
+        return (optax.safe_increment(k), after), Coefficients(beta=mu, kappa=mu)
+
+    return Rule(lambda: (first_step(), first_step() + 1), step, lambda c: (c[0], first_step() + 1))

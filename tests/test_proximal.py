@@ -1,0 +1,316 @@
+"""Proximal operators minimize what they say; proximal steps are the papers', with their bounds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import nag_jax
+from nag_jax import proximal, restart, rules
+
+STEPS = 60
+RANDOM = np.random.default_rng(5)
+A = RANDOM.standard_normal((15, 25))
+B = A @ (np.random.default_rng(6).standard_normal(25) * (np.arange(25) < 4))
+LIPSCHITZ = np.linalg.norm(A, 2) ** 2
+
+
+def smooth(p):
+    return jnp.sum((A @ p - B) ** 2) / 2
+
+
+def soft(z, threshold):
+    return np.sign(z) * np.maximum(np.abs(z) - threshold, 0)
+
+
+PENALTIES = {
+    "l1": (proximal.l1(0.7), lambda z: 0.7 * jnp.sum(jnp.abs(z))),
+    "elastic_net": (
+        proximal.elastic_net(0.4, 0.6),
+        lambda z: 0.4 * jnp.sum(jnp.abs(z)) + 0.3 * jnp.sum(jnp.abs(z) ** 2),
+    ),
+    "group_l1": (
+        proximal.group_l1(0.7),
+        lambda z: 0.7 * jnp.sum(jnp.sqrt(jnp.sum(jnp.abs(z) ** 2, axis=-1))),
+    ),
+    "group_l1 rows and columns": (
+        proximal.group_l1(0.7, axis=None),
+        lambda z: 0.7 * jnp.sqrt(jnp.sum(jnp.abs(z) ** 2)),
+    ),
+    "nonnegative": (proximal.nonnegative(), lambda z: jnp.where(jnp.all(z >= 0), 0.0, jnp.inf)),
+    "box": (
+        proximal.box(-0.5, 0.3),
+        lambda z: jnp.where(jnp.all((z >= -0.5) & (z <= 0.3)), 0.0, jnp.inf),
+    ),
+    "projection": (
+        proximal.projection(optax.projections.projection_l2_ball, scale=1.5),
+        lambda z: jnp.where(jnp.sum(z**2) <= 1.5**2 + 1e-9, 0.0, jnp.inf),
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("step", [0.3, 4.0])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_prox_minimizes_its_definition(name, step):
+    """No small or large change of the result lowers penalty + distance^2/(2 step)."""
+    prox, penalty = PENALTIES[name]
+    complex_too = name.startswith(("l1", "elastic", "group"))
+    rng = np.random.default_rng(0)
+    for dtype in (float, complex) if complex_too else (float,):
+        draw = lambda *n, dtype=dtype: (
+            rng.standard_normal(n) + (1j * rng.standard_normal(n) if dtype is complex else 0)
+        )
+        p = jnp.asarray(draw(4, 3))
+        z = prox(p, step)
+        assert z.dtype == p.dtype
+        total = lambda z, p=p: penalty(z) + jnp.sum(jnp.abs(z - p) ** 2) / (2 * step)
+        dense = [size * draw(500, 4, 3) for size in (1e-4, 1e-2, 1.0)]
+        sparse = [np.where(rng.random((500, 4, 3)) < 0.2, d, 0) for d in (1e-3, -1e-3, 0.1)]
+        changes = jnp.concatenate([*dense, *sparse, -0.01 * z[None], -z[None]])
+        candidates = z[None] + changes
+        assert np.isfinite(total(z))
+        assert np.all(jax.vmap(total)(candidates) >= total(z) - 1e-12)
+
+
+def test_prox_of_trees():
+    tree = {"w": jnp.array([2.0, -0.3]), "b": jnp.array(0.1), "none": None}
+    shrunk = proximal.l1({"w": 1.0, "b": 0.0, "none": None})(tree, 0.5)
+    np.testing.assert_allclose(shrunk["w"], [1.5, 0.0])
+    assert shrunk["b"] == tree["b"]
+    everywhere = proximal.l1(1.0)(tree, 0.5)
+    assert everywhere["b"] == 0
+    low = {"w": jnp.array([0.0, -1.0]), "b": 0.5, "none": None}
+    np.testing.assert_allclose(proximal.box(low, np.inf)(tree, 1.0)["w"], [2.0, -0.3])
+    assert proximal.box(low, np.inf)(tree, 1.0)["b"] == 0.5
+
+
+PROJECTIONS = {
+    "projection_simplex": {},
+    "projection_l1_ball": {},
+    "projection_l2_ball": {},
+    "projection_l1_sphere": {},
+    "projection_l2_sphere": {},
+    "projection_linf_ball": {},
+    "projection_non_negative": {},
+    "projection_hypercube": {},
+    "projection_box": dict(lower=-0.1, upper=0.2),
+    "projection_hyperplane": dict(a=jnp.ones(6), b=1.0),
+    "projection_halfspace": dict(a=jnp.ones(6), b=-1.0),
+    "projection_vector": dict(a=jnp.ones(6)),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_every_projection_of_optax(name):
+    """From an infeasible start every evaluated iterate is feasible, and it converges."""
+    project = getattr(optax.projections, name)
+    prox = proximal.projection(project, **PROJECTIONS[name])
+    target = jnp.array([0.9, -0.4, 0.3, 0.1, -2.0, 1.2])
+    tx = optax.chain(proximal.prox_step(prox, 0.5), nag_jax.accelerate(rules.fista()))
+    params = 10 + jnp.arange(6.0)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params - target, state, params)
+        params = optax.apply_updates(params, updates)
+        x = nag_jax.eval_params(params, state)
+        return params, state, x, prox(x, 0.5)
+
+    for _ in range(60):
+        params, state, x, projected = step(params, state)
+        np.testing.assert_allclose(projected, x, atol=1e-5)
+    np.testing.assert_allclose(x, prox(target, 0.5), atol=1e-2)
+
+
+def test_projections_are_not_taken_for_a_prox():
+    with pytest.raises(ValueError, match=r"optax's projection_simplex.*proximal\.projection"):
+        proximal.prox_step(optax.projections.projection_simplex, 0.1)
+
+
+def proximal_reference(step_size, momentum, steps, prox=soft):
+    """x' = prox(y - lr grad(y), lr*0.3), y' = x' + momentum (x' - x)."""
+    x = y = np.zeros(25)
+    ys, xs = [y], [x]
+    for k in range(steps):
+        lr = step_size(k)
+        old, x = x, prox(y - lr * A.T @ (A @ y - B), 0.3 * lr)
+        y = x + momentum(k) * (x - old)
+        ys.append(y)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)
+
+
+def trajectory(tx, start, steps=STEPS, loss=smooth):
+    def body(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, nag_jax.eval_params(params, state))
+
+    start = jnp.asarray(start)
+    run = jax.jit(lambda c: jax.lax.scan(body, c, length=steps)[1])
+    ys, xs = run((start, tx.init(start)))
+    return np.concatenate([start[None], ys]), np.concatenate([start[None], xs])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_fista_is_the_paper(scheduled):
+    """The learning rate, schedule or not, is in both places: the step and the threshold."""
+    rate = lambda k, xp=np: (1.0 - 0.5 * xp.sin(k / 5.0) ** 2 * scheduled) / LIPSCHITZ
+    ts = reference.t_sequence(STEPS)
+    expected = proximal_reference(rate, lambda k: (ts[k] - 1) / ts[k + 1], STEPS)
+    lr = (lambda step: rate(step, jnp)) if scheduled else rate(0)
+    tx = optax.chain(proximal.prox_step(proximal.l1(0.3), lr), nag_jax.accelerate(rules.fista()))
+    for ours, theirs in zip(trajectory(tx, np.zeros(25)), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_without_a_penalty_it_is_sgd():
+    head = proximal.prox_step(lambda tree, step: tree, 0.9 / LIPSCHITZ)
+    points = lambda head: trajectory(
+        optax.chain(head, nag_jax.accelerate(rules.fista())), np.ones(25)
+    )
+    np.testing.assert_allclose(points(head), points(optax.sgd(0.9 / LIPSCHITZ)), atol=1e-12)
+
+
+class Composite:
+    """Lasso, and c*x over x >= 0 from 1, on which the bounds are nearly reached."""
+
+    def __init__(self, slope=None):
+        self.slope = slope
+        if slope is None:
+            self.prox, self.lr, self.start = proximal.l1(0.1), 1 / LIPSCHITZ, np.zeros(25)
+            self.loss = smooth
+            self.penalty = lambda x: 0.1 * np.abs(x).sum(axis=-1)
+        else:
+            self.prox, self.lr, self.start = proximal.nonnegative(), 1.0, np.ones(1)
+            self.loss = lambda p: slope * p[0]
+            self.penalty = lambda x: 0.0
+        self.total = lambda x: np.array(jax.vmap(self.loss)(x)) + self.penalty(x)
+
+    def chain(self, rule, condition=None):
+        kernel = nag_jax.accelerate(rule, restart=condition)
+        return optax.chain(proximal.prox_step(self.prox, self.lr), kernel)
+
+    def solution(self):
+        if self.slope is not None:
+            return np.zeros(1)
+        tx = self.chain(rules.fista(), restart.gradient)
+        return trajectory(tx, self.start, 5000, self.loss)[1][-1]
+
+
+@pytest.mark.usefixtures("x64")
+def test_composite_bounds():
+    problems = [Composite(), *map(Composite, (0.02, 0.05, 0.1, 0.3))]
+    best = [(p, x, p.total(x[None])[0]) for p in problems for x in [p.solution()]]
+
+    def worst(rule, bound):
+        ratios = []
+        for problem, solution, low in best:
+            _, xs = trajectory(problem.chain(rule), problem.start, STEPS, problem.loss)
+            k = np.arange(1, STEPS + 1)
+            r2 = np.sum((problem.start - solution) ** 2)
+            ratios.append(np.max((problem.total(xs[1:]) - low) / (bound(k) * r2 / problem.lr)))
+        return max(ratios)
+
+    fista = lambda k: 2 / (k + 1) ** 2
+    simple = lambda k: 2 / (k * k + 5 * k + 2)
+    descent = rules.constant(rules.Coefficients(beta=0.0, kappa=0.0))
+    assert 0.7 < worst(rules.fista(), fista) <= 1 + 1e-9
+    assert 0.99 < worst(rules.chambolle_dossal(2.0), simple) <= 1 + 1e-9
+    assert worst(descent, fista) > 2
+    assert worst(descent, simple) > 2
+    assert worst(rules.chambolle_dossal(5.0), simple) > 1.1
+
+
+@pytest.mark.usefixtures("x64")
+def test_restart_on_the_lasso():
+    problem = Composite()
+    low = problem.total(problem.solution()[None])[0]
+    steps_to = lambda xs: int(np.argmax(problem.total(xs) - low <= 1e-9))
+    _, plain = trajectory(problem.chain(rules.fista()), problem.start, 3000)
+    _, restarted = trajectory(problem.chain(rules.fista(), restart.gradient), problem.start, 3000)
+    assert 0 < steps_to(restarted) < 0.6 * steps_to(plain)
+    zeros = lambda x: int(np.sum(np.abs(x) < 1e-12))
+    assert zeros(restarted[-1]) >= 10
+
+
+@pytest.mark.usefixtures("x64")
+def test_monotone_fista():
+    """Equal to the paper's three sequences, monotone, within FISTA's bound, and it does reject."""
+    rng = np.random.default_rng(1)
+    rotation = np.linalg.qr(rng.standard_normal((12, 12)))[0]
+    hessian, solution = rotation * np.logspace(-3, 0, 12) @ rotation.T, rng.standard_normal(12)
+    value = lambda p: (p - solution) @ hessian @ (p - solution) / 2
+    gradient = lambda p: hessian @ (p - solution)
+    steps = 600
+    x = y = np.zeros(12)
+    t, rejected, ys, xs = 1.0, 0, [], []
+    for _ in range(steps):
+        z, old, new = y - gradient(y), x, (1 + np.sqrt(1 + 4 * t * t)) / 2
+        x = z if value(z) <= value(x) else x
+        rejected += x is old
+        y = x + t / new * (z - x) + (t - 1) / new * (x - old)
+        t = new
+        ys.append(y)
+        xs.append(x)
+    loss = lambda p: (p - solution) @ jnp.asarray(hessian) @ (p - solution) / 2
+    monotone = optax.chain(optax.sgd(1.0), nag_jax.monotone_fista(loss))
+    our_ys, our_xs = trajectory(monotone, np.zeros(12), steps, loss)
+    assert rejected > 20
+    np.testing.assert_allclose(our_ys[1:], np.stack(ys), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(our_xs[1:], np.stack(xs), rtol=0, atol=1e-9)
+    values = np.array([value(x) for x in our_xs])
+    assert np.all(np.diff(values) <= 1e-14)
+    k = np.arange(1, steps + 1)
+    assert np.all(values[1:] <= 2 * np.sum(solution**2) / (k + 1) ** 2)
+    plain = optax.chain(optax.sgd(1.0), nag_jax.accelerate(rules.fista()))
+    _, plain_xs = trajectory(plain, np.zeros(12), steps, loss)
+    assert np.any(np.diff([value(x) for x in plain_xs]) > 1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("rate", [0.1, lambda step: 0.1 / (1 + step)])
+def test_types_are_kept(dtype, rate):
+    """Updates in the gradients' dtype, a stable state, None gradients passed through."""
+    tx = proximal.prox_step(proximal.l1(0.1), rate)
+    params = {"a": jnp.ones((2, 3), dtype), "b": jnp.ones(2, dtype)}
+    state = tx.init(params)
+    updates, new = tx.update({"a": params["a"], "b": None}, state, params)
+    assert updates["b"] is None
+    assert updates["a"].dtype == dtype
+    np.testing.assert_allclose(updates["a"].astype(complex).real, -0.11, rtol=2e-2)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+    jax.lax.scan(lambda s, _: (tx.update(params, s, params)[1], None), state, length=2)
+
+
+def test_injected_learning_rate():
+    inject = optax.inject_hyperparams(proximal.prox_step, static_args="prox")
+    tx = inject(prox=proximal.l1(0.1), learning_rate=0.1)
+    params = jnp.ones(3)
+    state = tx.init(params)
+    updates, _ = jax.jit(tx.update)(params, state, params)
+    np.testing.assert_allclose(updates, -0.11, rtol=1e-5)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"prox must be a function \(tree, step\) -> tree, got 0"):
+        proximal.prox_step(0.5, 0.1)
+    with pytest.raises(ValueError, match=r"learning_rate must be in \[0, inf\), got -0.1"):
+        proximal.prox_step(proximal.l1(0.1), -0.1)
+    for make in (proximal.l1, proximal.group_l1):
+        with pytest.raises(ValueError, match=r"must be in \[0, inf\), got -1"):
+            make(-1.0)
+    with pytest.raises(ValueError, match=r"l2 must be in \[0, inf\), got -1"):
+        proximal.elastic_net(0.1, -1.0)
+    with pytest.raises(ValueError, match=r"low must not be above high, got low=1\.0"):
+        proximal.box(1.0, 0.0)
+    for tx in (proximal.prox_step(proximal.l1(0.1), 0.1), nag_jax.monotone_fista(jnp.sum)):
+        with pytest.raises(ValueError, match=r"needs params: call optimizer\.update"):
+            tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

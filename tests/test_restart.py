@@ -1,0 +1,275 @@
+"""Restart conditions: that they fire when their definition says, that it helps, and everywhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import nag_jax
+from nag_jax import restart, rules
+
+CURVATURES = np.logspace(-4, 0, 30)
+START = np.random.default_rng(2).standard_normal(30)
+CONDITIONS = {
+    "gradient": restart.gradient,
+    "value": restart.value,
+    "speed": restart.speed,
+    "every": restart.every(200),
+}
+
+
+def loss(params):
+    return jnp.sum(CURVATURES * jnp.abs(params) ** 2) / 2
+
+
+def optimizer(rule=None, condition=None, **kwargs):
+    rule = rules.chambolle_dossal(2.0) if rule is None else rule
+    return optax.chain(optax.sgd(1.0), nag_jax.accelerate(rule, restart=condition, **kwargs))
+
+
+def run(tx, steps, start=START, loss=loss):
+    """Losses of the evaluated iterate, query points, and the number of restarts, of each step."""
+
+    def body(carry, _):
+        params, state = carry
+        value, g = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(jax.tree.map(jnp.conj, g), state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        fired = optax.tree.get(state, "restarts", default=jnp.zeros([], jnp.int32))
+        return (params, state), (loss(nag_jax.eval_params(params, state)), params, fired)
+
+    start = jax.tree.map(jnp.asarray, start)
+    return jax.jit(lambda c: jax.lax.scan(body, c, length=steps)[1])((start, tx.init(start)))
+
+
+def steps_to(losses, start_loss, relative=1e-10):
+    reached = np.flatnonzero(np.asarray(losses) <= relative * start_loss)
+    return int(reached[0]) + 1 if len(reached) else 10**9
+
+
+def reference(condition, steps):
+    """k/(k+3) with restarts, on x and y, as O'Donoghue & Candes and Su, Boyd & Candes write it."""
+    f = lambda p: np.sum(CURVATURES * p**2) / 2
+    x = y = START.copy()
+    ys, fired, j, since, speed, last = [], [], 0, 0, 0.0, np.inf
+    for _ in range(steps):
+        g = CURVATURES * y
+        new = y - g
+        if condition == "gradient":
+            fire = g @ (new - x) > 0
+        elif condition == "value":
+            fire, last = f(y) > last, f(y)
+        elif condition == "speed":
+            now = np.linalg.norm(new - x)
+            fire, speed = since >= 10 and now < speed, now
+        else:
+            fire = since + 1 == 200
+        y, j = (new, 0) if fire else (new + j / (j + 3) * (new - x), j + 1)
+        since = 0 if fire else since + 1
+        last = np.inf if fire else last
+        x = new
+        ys.append(y)
+        fired.append(fire)
+    return np.stack(ys), np.cumsum(fired)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_conditions_are_those_of_the_papers(name):
+    _, ys, fired = run(optimizer(condition=CONDITIONS[name]), 900)
+    expected, times = reference(name, 900)
+    assert times[-1] >= 2
+    np.testing.assert_array_equal(fired, times)
+    np.testing.assert_allclose(ys, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rule", [rules.fista(), rules.chambolle_dossal(2.0)])
+def test_gradient_restart_is_nearly_the_optimal_constant_momentum(rule):
+    """kappa = 1e4 to 1e-10 of f_0: within 1.3 times, knowing nothing of the conditioning."""
+    f0 = loss(START)
+    restarted, _, fired = run(optimizer(rule, restart.gradient), 1200)
+    constant, _, never = run(optimizer(rules.strongly_convex(1e-4)), 1200)
+    assert steps_to(restarted, f0) <= 1.3 * steps_to(constant, f0)
+    assert 2 <= fired[-1] <= 20
+    assert never[-1] == 0
+    without, _, _ = run(optimizer(rule), 1200)
+    assert steps_to(without, f0) > 1200
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_every_condition_beats_none(name):
+    f0 = loss(START)
+    losses, _, fired = run(optimizer(rules.fista(), CONDITIONS[name]), 3000)
+    assert steps_to(losses, f0) <= 3000 < steps_to(run(optimizer(), 3000)[0], f0)
+    assert fired[-1] >= 2
+
+
+@pytest.mark.usefixtures("x64")
+def test_ogm_restarts_too():
+    f0 = loss(START)
+    losses, _, fired = run(optimizer(rules.ogm(), restart.gradient), 1200)
+    assert steps_to(losses, f0) <= 1200
+    assert fired[-1] >= 2
+
+
+def test_a_restart_forgets_the_momentum_and_nothing_else():
+    """The next params are params + u, and from there on it is a new run."""
+    tx = optimizer(rules.fista(), restart.every(5))
+    _, ys, fired = run(tx, 12)
+    assert fired.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
+    np.testing.assert_allclose(ys[4], ys[3] - jnp.asarray(CURVATURES) * ys[3], rtol=1e-6)
+    _, again, _ = run(tx, 7, start=ys[4])
+    np.testing.assert_allclose(again, ys[5:], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_restart_keeps_the_step_of_a_learning_rate_schedule():
+    rate = lambda step: jnp.where(step < 7, 0.5, 1.0)
+    kernel = nag_jax.accelerate(rules.estimate_sequence(rate), restart=restart.every(5))
+    state = kernel.init(jnp.ones(2))
+    for _ in range(5):
+        _, state = kernel.update(-jnp.ones(2), state)
+    assert state.carry[0] == 5
+    assert state.carry[1] == 1.0
+    assert np.all(np.asarray(state.m) == 0)
+    kernel = nag_jax.accelerate(rules.srsgd(100), restart=restart.every(2))
+    state = kernel.init(jnp.ones(2))
+    for _ in range(2):
+        _, state = kernel.update(-jnp.ones(2), state)
+    assert [int(c) for c in state.carry] == [2, 1]
+
+
+def test_without_a_restart_nothing_is_added():
+    """The state's leaves are the buffer, the carry, the readout; no reduction is computed."""
+    plain, restarted = (
+        nag_jax.accelerate(rules.fista(), restart=r) for r in (None, restart.gradient)
+    )
+    params = jnp.ones(4)
+    assert len(jax.tree.leaves(plain.init(params))) == 3
+    assert len(jax.tree.leaves(restarted.init(params))) == 6
+    program = lambda tx: str(jax.make_jaxpr(tx.update)(params, tx.init(params)))
+    assert "reduce_sum" not in program(plain)
+    assert program(restarted).count("reduce_sum") == 1
+
+
+SPECS = {"sharded": PartitionSpec("data"), "whole": PartitionSpec()}
+TREE = {"sharded": START[:16], "whole": START[16:]}
+
+
+def tree_loss(params):
+    curvature = {"sharded": jnp.asarray(CURVATURES[:16]), "whole": jnp.asarray(CURVATURES[16:])}
+    return sum(jnp.sum(curvature[k] * params[k] ** 2) / 2 for k in params)
+
+
+def sharded_run(axis_name, steps, check_vma=True):
+    tx = optimizer(rules.fista(), restart.gradient, axis_name=axis_name)
+    curvature = {"sharded": jnp.asarray(CURVATURES[:16]), "whole": jnp.asarray(CURVATURES[16:])}
+
+    def local(params, curvature):
+        def body(carry, _):
+            params, state = carry
+            gradients = jax.tree.map(jnp.multiply, curvature, params)
+            updates, state = tx.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = jax.lax.scan(body, (params, tx.init(params)), length=steps)
+        return params, optax.tree.get(state, "restarts")[None]
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    counts = PartitionSpec() if axis_name and check_vma else PartitionSpec("data")
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(SPECS, SPECS), out_specs=(SPECS, counts), check_vma=check_vma
+    )
+    return jax.jit(mapped)(jax.tree.map(jnp.asarray, TREE), curvature)
+
+
+@pytest.mark.usefixtures("x64")
+def test_shard_map_restarts_as_one_device_does():
+    steps = 700
+    params, fired = sharded_run("data", steps)
+    tx = optimizer(rules.fista(), restart.gradient)
+    _, ys, times = run(tx, steps, start=TREE, loss=tree_loss)
+    assert times[-1] >= 1
+    assert fired.tolist() == [times[-1]]
+    for key in TREE:
+        np.testing.assert_allclose(params[key], ys[key][-1], rtol=0, atol=1e-12)
+    # Unchecked, the whole leaves count once for each device: another inner product, but one for
+    # all devices. On its own each device sees its rows only, and they part.
+    _, fired = sharded_run(("data",), steps, check_vma=False)
+    assert len(set(fired.tolist())) == 1
+    _, fired = sharded_run(None, steps, check_vma=False)
+    assert len(set(fired.tolist())) > 1
+
+
+@pytest.mark.usefixtures("x64")
+def test_complex_leaves_count_their_real_inner_product():
+    """A complex parameter is two real ones."""
+    rotated = START[:15] + 1j * START[15:]
+    pairs = lambda p: jnp.concatenate([p.real, p.imag])
+    curvature = np.logspace(-4, 0, 15)
+    complex_loss = lambda p: jnp.sum(curvature * jnp.abs(p) ** 2) / 2
+    real_loss = lambda p: jnp.sum(np.tile(curvature, 2) * p**2) / 2
+    tx = optimizer(rules.fista(), restart.gradient)
+    _, ys, fired = run(tx, 600, start=rotated, loss=complex_loss)
+    _, real_ys, real_fired = run(tx, 600, start=START, loss=real_loss)
+    assert fired[-1] >= 1
+    np.testing.assert_array_equal(fired, real_fired)
+    np.testing.assert_allclose(jax.vmap(pairs)(ys), real_ys, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_masked_and_missing_leaves_do_not_count():
+    """A frozen leaf with a huge gradient changes nothing, masked or given no gradient at all."""
+    tx = optimizer(rules.fista(), restart.gradient)
+    mixed = {"free": START, "frozen": 100.0 * np.ones(3), "none": None}
+    both = lambda p: loss(p["free"]) + jnp.sum(p["frozen"] ** 2)
+    mask = {"free": True, "frozen": False, "none": None}
+    frozen = {"free": False, "frozen": True, "none": None}
+    masked = optax.chain(optax.masked(tx, mask), optax.masked(optax.set_to_zero(), frozen))
+    _, ys, fired = run(masked, 500, start=mixed, loss=both)
+    _, alone, times = run(tx, 500)
+    assert times[-1] >= 1
+    np.testing.assert_array_equal(fired, times)
+    np.testing.assert_allclose(ys["free"], alone, rtol=0, atol=1e-13)
+    kernel = nag_jax.accelerate(rules.fista(), restart=restart.gradient)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    updates, state = kernel.update({"a": jnp.ones(2), "b": None}, kernel.init(params))
+    assert updates["b"] is None
+    assert state.restart.restarts == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_leaves_are_summed_in_float32(dtype):
+    """10,000 products of 0.01 are 100, which bfloat16 cannot count up to in steps of 0.01."""
+    seen = []
+    condition = lambda s: (seen.append(s.dot(s.u, s.v)) or False, s.remembered)
+    kernel = nag_jax.accelerate(rules.fista(), restart=condition)
+    u = jnp.full(10_000, 0.1, dtype)
+    kernel.update(u, kernel.init(u))
+    assert seen[0].dtype == jnp.float32
+    np.testing.assert_allclose(seen[0], 100.0, rtol=1e-2)
+
+
+def test_any_function_is_a_condition():
+    """Restart when the momentum is a hundred times the step, say."""
+    large = lambda s: (s.dot(s.v, s.v) > 1e4 * s.dot(s.u, s.u), s.remembered)
+    _, _, fired = run(optimizer(rules.fista(), large), 500)
+    assert fired[-1] >= 1
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"restart must be None or a condition .* got 'gradient'"):
+        nag_jax.accelerate(rules.fista(), restart="gradient")
+    for rule in (rules.heavy_ball(0.9), rules.gpa(), rules.trace(0.9)):
+        kernel = nag_jax.accelerate(rule, restart=restart.gradient)
+        with pytest.raises(ValueError, match=r"restart needs a rule with .* got direct="):
+            kernel.init(jnp.ones(2))
+    kernel = nag_jax.accelerate(rules.fista(), restart=restart.value)
+    with pytest.raises(ValueError, match=r"restart\.value needs the loss .*value=loss"):
+        kernel.update(jnp.ones(2), kernel.init(jnp.ones(2)))
+    with pytest.raises(ValueError, match=r"n must be in \[1, inf\), got 0"):
+        restart.every(0)
