@@ -27,14 +27,20 @@ from examples import data, feeds, optimizer, steps, tasks, train
 _RESULT = Path(__file__).parent / "results" / "throughput.json"
 
 
-def jax_runner(config: Any, dataset: data.Dataset) -> Callable[[int], None]:
-    """``run(n)`` makes n updates through the trainer's feed and waits for the device."""
+def prepared(config: Any, dataset: data.Dataset) -> tuple[feeds.MemoryFeed, steps.TrainState]:
+    """The trainer's feed with its compiled update, and the state to begin with."""
     replicated, constrain = train.over_devices(config)
     feed = feeds.MemoryFeed(config, dataset, replicated)
     task = tasks.make(config, dataset, jax.random.key(0))
     maker = optimizer.make(config, feed.steps_per_epoch, 10**6)
     feed.compile(steps.make_update(task, maker.transformation, 1, constrain))
     state = steps.initial_state(task, maker.transformation, jax.random.key(1), feed.samples)
+    return feed, jax.device_put(state, replicated)
+
+
+def jax_runner(config: Any, dataset: data.Dataset) -> Callable[[int], None]:
+    """``run(n)`` makes n updates through the trainer's feed and waits for the device."""
+    feed, state = prepared(config, dataset)
     position = 0
 
     def run(n: int) -> None:
@@ -121,12 +127,7 @@ def torch_runner(config: Any, dataset: data.Dataset) -> Callable[[int], None]:
 
 def python_overhead(config: Any, dataset: data.Dataset, n: int = 2000) -> dict[str, float]:
     """Milliseconds a step of the trainer's loop beyond the bare jitted call, on a tiny model."""
-    replicated, constrain = train.over_devices(config)
-    feed = feeds.MemoryFeed(config, dataset, replicated)
-    task = tasks.make(config, dataset, jax.random.key(0))
-    maker = optimizer.make(config, feed.steps_per_epoch, 10**6)
-    feed.compile(steps.make_update(task, maker.transformation, 1, constrain))
-    state = steps.initial_state(task, maker.transformation, jax.random.key(1), feed.samples)
+    feed, state = prepared(config, dataset)
     order = steps.epoch_order(state.key, 0, len(feed.samples["x"]))
     state = feed.advance(state, 0, 1)
     times: dict[str, list[float]] = {"bare": [], "loop": []}
