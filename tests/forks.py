@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 120  # seconds for any run
+LIMIT = 60  # seconds for any run
 
 
 class Run:
@@ -67,7 +67,7 @@ class Run:
 class Server:
     def __init__(self, folder):
         self._folder, self._count = Path(folder), 0
-        environment = os.environ | {
+        self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "OPENBLAS_NUM_THREADS": "1",  # a process with threads must not fork
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
@@ -76,7 +76,7 @@ class Server:
         }
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__))], cwd=ROOT, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment,
         )  # fmt: skip
 
     def start(self, workdir, *options, name="mlp", environment=None, file_limit=None):

@@ -31,13 +31,15 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(server, tmp_path_factory):
     """The same run, never interrupted, by the command itself."""
     workdir = tmp_path_factory.mktemp("whole")
     command = [sys.executable, "-m", "examples.train", "--config=configs/mlp.py", *DIGITS]
-    subprocess.run(
-        [*command, f"--workdir={workdir}"], cwd=forks.ROOT, check=True, stdout=subprocess.DEVNULL
-    )
+    result = subprocess.run(
+        [*command, f"--workdir={workdir}"], cwd=forks.ROOT, env=server.environment,
+        capture_output=True, text=True, timeout=forks.LIMIT,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
     return workdir
 
 
@@ -101,15 +103,16 @@ class Killer:
         """False if the run ended before."""
         start = time.monotonic()
         if self.kills % 2 and self._startup:
-            moment = start + self._random.uniform(0, 1.4 * self._startup)
+            moment = start + self._random.uniform(0, 1.2 * self._startup)
             alive = run.until(lambda: time.monotonic() > moment)
         else:
             stale = set(checkpoints.glob("*-tmp*"))  # of the run before, until removed
             alive = run.until(lambda: not stale & set(checkpoints.glob("*-tmp*")))
-            for _ in range(self._random.randint(1, 3)):
-                seen = set(checkpoints.glob("*-tmp*"))
-                alive = alive and run.until(lambda s=seen: set(checkpoints.glob("*-tmp*")) - s)
-                self._startup = self._startup or time.monotonic() - start
+            alive = alive and run.until(lambda: any(checkpoints.glob("*-tmp*")))
+            self._startup = time.monotonic() - start
+            if self._random.random() < 0.5:  # or the next one
+                first = set(checkpoints.glob("*-tmp*"))
+                alive = alive and run.until(lambda: set(checkpoints.glob("*-tmp*")) - first)
             time.sleep(self._random.uniform(0, 0.02))
         if alive:
             run.send(signal.SIGKILL)
@@ -137,3 +140,28 @@ def test_killed_twenty_times(server, whole, tmp_path):
     runs_end_alike(server, tmp_path, whole, DIGITS, killer, 20)
     assert killer.while_writing >= 5
     print(killer.while_writing, list(tmp_path.iterdir()))
+
+
+@pytest.fixture(scope="module")
+def shards(server, tmp_path_factory):
+    """Options of a run with BatchNorm on streamed images, and that run, never interrupted."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for name, rows in (("train", 6 * 32), ("test", 40)):
+        x = rng.integers(0, 256, (rows, 8, 8, 1), np.uint8)
+        x[::2, :4] //= 4
+        streaming.write_shards(folder / name, [(x, np.arange(rows) % 2)], 50, 2)
+    options = ["--config.dataset=shards", f"--config.data_dir={folder}", "--config.batch_size=32"]
+    options += ["--config.num_epochs=3", "--config.checkpoint_every=1", "--config.log_every=1"]
+    options += ["--config.model.channels=(2,)", "--config.tensorboard=False"]
+    run = server.start(folder / "run", *options, name="resnet")
+    assert run.end() == 0, run.stderr
+    return options, folder / "run"
+
+
+def test_streamed_runs_killed_six_times(server, shards, tmp_path):
+    options, reference = shards
+    killer = Killer(1)
+    runs_end_alike(server, tmp_path, reference, options, killer, 6, name="resnet")
+    assert killer.while_writing >= 1
+    assert any(name.startswith("rest.") for name in arrays_in(reference / "checkpoints", 18))
