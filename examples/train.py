@@ -109,9 +109,16 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
 
     with contextlib.ExitStack() as finally_do:  # all of it, the last first, whatever fails
         written_to = [checkpoints] if best is None else [checkpoints, best]
-        waits = [written.wait for written in written_to]
-        for action in (stop.restore, *waits, reporter.close, feed.close):
-            finally_do.callback(action)
+
+        def wait(kind: Any, *_: Any) -> None:
+            if kind is not KeyboardInterrupt:  # that one is in a hurry
+                for written in written_to:
+                    written.wait()
+
+        finally_do.callback(stop.restore)
+        finally_do.push(wait)
+        finally_do.callback(reporter.close)
+        finally_do.callback(feed.close)
         save_best()  # killed between a checkpoint and its copy
         while step < total:
             end = next_stop(config, step, steps_per_epoch, total)
@@ -321,6 +328,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
+    logging.set_verbosity(logging.FATAL)  # orbax tells of a full disk in a hundred lines
+    sys.excepthook = one_line
     try:
         train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
     except (UserError, OSError) as error:
@@ -328,7 +337,16 @@ def main(arguments: list[str]) -> None:
     except Interrupted as interrupted:
         sys.exit(f"{interrupted}; saved; the same command goes on from there")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: threads of orbax may still be writing
+
+
+def one_line(kind: type, error: BaseException, trace: Any) -> None:
+    """Leaves out what tensorstore prints of reads and writes that nobody waits for any more."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 if __name__ == "__main__":

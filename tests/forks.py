@@ -66,7 +66,7 @@ class Run:
 
 class Server:
     def __init__(self, folder):
-        self._folder, self._count = Path(folder), 0
+        self._folder, self._count, self._last = Path(folder), 0, None
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "OPENBLAS_NUM_THREADS": "1",  # a process with threads must not fork
@@ -80,10 +80,16 @@ class Server:
         )  # fmt: skip
 
     def start(self, workdir, *options, name="mlp", environment=None, file_limit=None):
+        if self._last and self._last.code is None:  # of a test that failed
+            self._last.send(signal.SIGKILL)
+            self._last.end()
         self._count += 1
         arguments = [f"--config=configs/{name}.py", f"--workdir={workdir}", *options]
         talk = self._folder / f"run-{self._count}"
-        return Run(self, arguments, talk, environment or {}, file_limit)
+        for suffix in (".out", ".err"):
+            talk.with_suffix(suffix).touch()
+        self._last = Run(self, arguments, talk, environment or {}, file_limit)
+        return self._last
 
     def ask(self, request):
         self._process.stdin.write(json.dumps(request) + "\n")
