@@ -329,7 +329,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
     logging.set_verbosity(logging.FATAL)  # orbax tells of a full disk in a hundred lines
-    sys.excepthook = one_line
+    sys.unraisablehook = leave_out
     try:
         train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
     except (UserError, OSError) as error:
@@ -343,10 +343,10 @@ def main(arguments: list[str]) -> None:
         os._exit(1)  # at once: threads of orbax may still be writing
 
 
-def one_line(kind: type, error: BaseException, trace: Any) -> None:
+def leave_out(unraisable: Any) -> None:
     """Leaves out what tensorstore prints of reads and writes that nobody waits for any more."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":

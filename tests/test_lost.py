@@ -244,15 +244,11 @@ def test_no_space_for_metrics(server, halfway, whole):
     assert_same_end(halfway, whole)
 
 
-@pytest.mark.parametrize(
-    "obstacle", ["checkpoints/.", "best/.", "metrics.jsonl/x", "config.json/x"]
-)
+@pytest.mark.parametrize("obstacle", ["checkpoints", "best", "metrics.jsonl/", "config.json/"])
 def test_unusable_workdir(server, tmp_path, obstacle):
     """A file where a folder must be, or a folder where a file must be."""
     path = tmp_path / obstacle
-    if obstacle.endswith("x"):
-        path.parent.mkdir()
-    path.touch() if obstacle.endswith("x") else path.parent.touch()
+    path.mkdir() if obstacle.endswith("/") else path.write_text("in the way")
     fails(server, tmp_path, "^error: .*(Is a directory|cannot be used)")
 
 
@@ -271,9 +267,12 @@ def meta_file(checkpoint):
     return checkpoint / "meta" / "metadata"
 
 
+# Of coroutines that it leaves behind when a file cannot be read; told to whichever test is next.
+ORBAX_WARNS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 DAMAGES = {
     "flipped": lambda c: flip(data_file(c), data_file(c).stat().st_size // 2),
-    "truncated": lambda c: data_file(c).write_bytes(data_file(c).read_bytes()[:-100]),
+    "truncated": lambda c: data_file(c).write_bytes(data_file(c).read_bytes()[:2000]),
     "deleted": lambda c: data_file(c).unlink(),
     "no arrays": lambda c: shutil.rmtree(c / "state"),
     "empty meta": lambda c: meta_file(c).write_text(""),
@@ -287,6 +286,7 @@ DAMAGES = {
 }
 
 
+@ORBAX_WARNS
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_noticed(halfway, name, capsys):
     folder = halfway / "checkpoints"
@@ -302,6 +302,7 @@ def test_damage_is_noticed(halfway, name, capsys):
     assert (halfway / "set_aside" / "checkpoints-54").exists()
 
 
+@ORBAX_WARNS
 def test_no_flipped_bit_is_read(halfway):
     """Compression has no checksum: most of these would give other numbers, silently."""
     folder = halfway / "checkpoints"
@@ -349,7 +350,7 @@ def test_a_checkpoint_of_another_config(server, halfway):
     (halfway / "config.json").unlink()
     fails(server, halfway, message, "--config.seed=1")
     wider = "--config.model.hidden_sizes=(17,)"
-    fails(server, halfway, r"config\.model\.hidden_sizes is \[16\], here \[17\]", wider)
+    fails(server, halfway, r"config\.model\.hidden_sizes is \[16\], here \[16, 17\]", wider)
     assert not (halfway / "config.json").exists()
 
 
@@ -371,7 +372,7 @@ def rows_of(workdir):
 
 def test_the_newest_and_the_best_are_kept(server, whole, tmp_path):
     assert steps_in(whole / "checkpoints") == [52, 54, 55]
-    options = ["--config.keep=2", "--config.learning_rate=2.0", "--config.schedule=constant"]
+    options = ["--config.keep=2", "--config.learning_rate=10.0", "--config.schedule=constant"]
     finish(server, tmp_path, *options)
     assert steps_in(tmp_path / "checkpoints") == [54, 55]
     results = {row["step"]: row["test_accuracy"] for row in rows_of(tmp_path)}
@@ -394,7 +395,8 @@ def test_runs_move_between_numbers_of_devices(server, tmp_path):
     def on(count):
         return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
-    finish(server, tmp_path / "8", "--config.keep=100", environment=on(8))
+    options = ["--config.keep=9", "--config.num_epochs=3", "--config.checkpoint_every=11"]
+    finish(server, tmp_path / "8", *options, environment=on(8))
     expected = rows_of(tmp_path / "8")
     folder = tmp_path / "8" / "checkpoints"
     saved = arrays_in(folder, 22)
@@ -412,14 +414,14 @@ def test_runs_move_between_numbers_of_devices(server, tmp_path):
         for name, array in saved.items():
             assert len(state[name].devices()) == count
             assert np.asarray(state[name]).tobytes() == np.asarray(array).tobytes()
-        run = finish(server, workdir, environment=on(count))
+        run = finish(server, workdir, *options, environment=on(count))
         assert "going on from step 22" in run.stdout
         for ours, theirs in zip(rows_of(workdir), expected, strict=True):
             assert ours == (theirs if theirs["step"] <= 22 else pytest.approx(theirs, rel=1e-5))
 
 
 def test_a_loss_that_is_not_finite(server, tmp_path):
-    wild = ["--config.learning_rate=100.0"]
+    wild = ["--config.learning_rate=10000.0"]
     workdir = tmp_path / "stop"
     run = server.start(workdir, *DIGITS, *wild)
     assert run.end() == 1
