@@ -33,6 +33,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)  # orbax overlooks a file in its place
             return ocp.CheckpointManager(self._folder, options=options)
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be used: {error.strerror}") from None
