@@ -159,9 +159,9 @@ def _named(tree: Any) -> dict[str, jax.Array]:
 
 def _checksum(value: Any) -> int:
     """Of an array, or of JSON values."""
-    if not isinstance(value, np.ndarray):
-        value = json.dumps(value, sort_keys=True).encode()
-    return zlib.crc32(value)
+    if isinstance(value, np.ndarray):
+        return zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _first_line(error: Exception) -> str:

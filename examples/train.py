@@ -96,15 +96,18 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
         refuse_nonfinite(config, state, step)
         meta = {"config": config.to_dict(), "history": reporter.history}
         meta["data"] = feed.get_state()
+        if best is not None:
+            best.wait()  # a checkpoint goes on after the best one before it, never without
         checkpoints.save(step, state, json.loads(json.dumps(meta)))
         saved = step
-        save_best()
 
     def save_best() -> None:
         # There already, or a later one: this run was there before it was killed or damaged.
         if best is None or any(kept >= step for kept in best.steps()):
             return
+        reporter.flush()
         if is_best(task, reporter.history, step):
+            refuse_nonfinite(config, state, step)
             best.save(step, state, {"row": reporter.history[-1]})
 
     with contextlib.ExitStack() as finally_do:  # all of it, the last first, whatever fails
@@ -145,6 +148,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
                         workdir, task, params, state.rest, round(step / steps_per_epoch)
                     )
                 reporter.add(row, sums)
+                if evaluating or step == total:
+                    save_best()
             if step == total or stop.requested or (
                 step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             ):  # fmt: skip
@@ -329,7 +334,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
     logging.set_verbosity(logging.FATAL)  # orbax tells of a full disk in a hundred lines
-    sys.unraisablehook = leave_out
+    sys.unraisablehook = lambda unraisable: None  # and tensorstore of what nobody waits for
     try:
         train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
     except (UserError, OSError) as error:
@@ -341,12 +346,6 @@ def main(arguments: list[str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: threads of orbax may still be writing
-
-
-def leave_out(unraisable: Any) -> None:
-    """Leaves out what tensorstore prints of reads and writes that nobody waits for any more."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":

@@ -229,8 +229,8 @@ def fails(server, workdir, message, *options, **kwargs):
 
 
 def test_full_disk(server, halfway, whole):
-    """Files of more than 6 kB cannot be written: those of arrays, not those of metrics."""
-    fails(server, halfway, r"checkpoints/55: could not be written: ", file_limit=6000)
+    """Files of more than 3 kB cannot be written: those of checkpoints, not those of metrics."""
+    fails(server, halfway, r"checkpoints/55: could not be written: ", file_limit=3000)
     assert steps_in(halfway / "checkpoints") == [52, 54]
     finish(server, halfway)
     assert_same_end(halfway, whole)
