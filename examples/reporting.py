@@ -27,10 +27,10 @@ class Reporter:
     def __init__(self, workdir: Path, task: Task, history: list[Row], total: int, board: bool):
         self.history, self._task, self._workdir = list(history), task, workdir
         self._pending: tuple[Row, dict[str, Any]] | None = None
-        lines = "".join(json.dumps(row) + "\n" for row in history)
-        self._log = (workdir / "metrics.jsonl").open("w")
-        self._log.write(lines)
-        self._log.flush()
+        self._log = workdir / "metrics.jsonl"
+        temporary = self._log.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
+        temporary.replace(self._log)
         self._board = None
         if board:
             from tensorboardX import SummaryWriter
@@ -74,10 +74,10 @@ class Reporter:
             row |= {f"{start}{name}{suffix}": value for name, value in metrics.items()}
         self.history.append(row)
         try:
-            self._log.write(json.dumps(row) + "\n")
-            self._log.flush()
+            with self._log.open("a") as log:
+                log.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(f"{self._log.name}: cannot be written: {error.strerror}") from None
+            raise UserError(f"{self._log}: cannot be written: {error.strerror}") from None
         if self._board is not None:
             scalars = {k: v for k, v in row.items() if k not in ("step", "epoch")}
             for name, value in scalars.items():
@@ -88,14 +88,12 @@ class Reporter:
 
     def close(self) -> None:
         self._progress.stop()
-        self._log.close()
         if self._board is not None:
             self._board.close()
 
     def finish(self) -> None:
-        """Closes and draws the curves."""
+        """Draws the curves."""
         self.flush()
-        self.close()
         plots.save_curves(self._workdir / "curves.png", self.history)
 
 

@@ -4,6 +4,7 @@ The same command again goes on from the newest checkpoint, to the same numbers b
 """
 
 import ast
+import contextlib
 import json
 import os
 import signal
@@ -60,39 +61,68 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
     state = steps.initial_state(task, maker.transformation, run_key, feed.samples)
     state = jax.device_put(state, replicated)
 
-    workdir = claim(Path(workdir), config)
+    workdir = Path(workdir)
+    claim(workdir, config)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     history: list[Row] = []
-    if restored := checkpoints.restore(state):
-        refuse_other(workdir, restored.meta["config"], config)
+    accept = lambda meta: refuse_other(workdir, meta["config"], config)
+    if restored := checkpoints.restore(state, accept):
         state, history = restored.state, restored.meta["history"]
         feed.set_state(restored.meta["data"])
-        if restored.step == total:
+        if restored.step == total and (workdir / "curves.png").exists():  # the last thing drawn
             print(f"{workdir}: finished before; {describe(history[-1])}")
-            if not (workdir / "curves.png").exists():  # killed just before the plots
-                plots.save_curves(workdir / "curves.png", history)
             return history
         print(f"{workdir}: going on from step {restored.step}", flush=True)
+    checkpoints.remove_unfinished()
+    write_config(workdir, config)
 
     update = steps.make_update(task, maker.transformation, config.accumulate, constrain)
     feed.compile(update)
     evaluate = steps.make_evaluate(task, config.eval_batch_size)
     refresh = steps.make_refresh(task, config.batch_size)
     best = Checkpoints(workdir / "best", 1) if config.keep_best else None
+    if best is not None and restored is None:
+        best.set_aside(best.steps())  # of a run whose checkpoints are gone
     reporter = Reporter(workdir, task, history, total, config.tensorboard)
     stop = StopRequest()
     step = int(state.step)
+    saved = restored.step if restored else None
 
     def save() -> None:
+        nonlocal saved
+        if step == saved:  # stopped before the next update
+            return
         reporter.flush()
         refuse_nonfinite(config, state, step)
         meta = {"config": config.to_dict(), "history": reporter.history}
         meta["data"] = feed.get_state()
+        if best is not None:
+            best.wait()  # a checkpoint goes on after the best one before it, never without
         checkpoints.save(step, state, json.loads(json.dumps(meta)))
-        if best is not None and is_best(task, reporter.history, step):
+        saved = step
+
+    def save_best() -> None:
+        # There already, or a later one: this run was there before it was killed or damaged.
+        if best is None or any(kept >= step for kept in best.steps()):
+            return
+        reporter.flush()
+        if is_best(task, reporter.history, step):
+            refuse_nonfinite(config, state, step)
             best.save(step, state, {"row": reporter.history[-1]})
 
-    try:
+    with contextlib.ExitStack() as finally_do:  # all of it, the last first, whatever fails
+        written_to = [checkpoints] if best is None else [checkpoints, best]
+
+        def wait(kind: Any, *_: Any) -> None:
+            if kind is not KeyboardInterrupt:  # that one is in a hurry
+                for written in written_to:
+                    written.wait()
+
+        finally_do.callback(stop.restore)
+        finally_do.push(wait)
+        finally_do.callback(reporter.close)
+        finally_do.callback(feed.close)
+        save_best()  # killed between a checkpoint and its copy
         while step < total:
             end = next_stop(config, step, steps_per_epoch, total)
             while step < end and not stop.requested:
@@ -118,22 +148,19 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
                         workdir, task, params, state.rest, round(step / steps_per_epoch)
                     )
                 reporter.add(row, sums)
+                if evaluating or step == total:
+                    save_best()
             if step == total or stop.requested or (
                 step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             ):  # fmt: skip
                 save()
             if stop.requested and step < total:
                 raise Interrupted(f"stopped at step {step} of {total}")
-        reporter.finish()
+        for written in written_to:
+            written.wait()
         params = evaluation_params(state)
         plots.save_results(workdir, task, params, refresh(params, feed.samples), test)
-    finally:
-        stop.restore()
-        feed.close()
-        reporter.close()
-        checkpoints.wait()
-        if best is not None:
-            best.wait()
+        reporter.finish()
     return reporter.history
 
 
@@ -219,25 +246,29 @@ def check(config: Any) -> None:
         )
 
 
-def claim(workdir: Path, config: Any) -> Path:
-    """Makes ``workdir`` this run's own, or refuses it if it holds another."""
+def claim(workdir: Path, config: Any) -> None:
+    """Makes the folder, or refuses it if it holds another run."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "config.json"
         # Without a checkpoint there is nothing to lose: a run that failed early may be mended.
-        if path.exists() and any(workdir.glob("checkpoints/[0-9]*")):
+        if path.exists() and any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
             refuse_other(workdir, json.loads(path.read_text()), config)
-            return workdir
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
-        temporary.rename(path)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be used: {error.strerror}") from None
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{workdir}/config.json: damaged ({error}); choose another --workdir"
         ) from None
-    return workdir
+
+
+def write_config(workdir: Path, config: Any) -> None:
+    try:
+        temporary = workdir / "config.tmp"
+        temporary.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
+        temporary.replace(workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be used: {error.strerror}") from None
 
 
 def refuse_other(workdir: Path, saved: dict[str, Any], config: Any) -> None:
@@ -302,6 +333,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
+    logging.set_verbosity(logging.FATAL)  # orbax tells of a full disk in a hundred lines
+    sys.unraisablehook = lambda unraisable: None  # and tensorstore of what nobody waits for
     try:
         train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
     except (UserError, OSError) as error:
@@ -309,7 +342,10 @@ def main(arguments: list[str]) -> None:
     except Interrupted as interrupted:
         sys.exit(f"{interrupted}; saved; the same command goes on from there")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: threads of orbax may still be writing
 
 
 if __name__ == "__main__":
