@@ -7,10 +7,8 @@ import ast
 import contextlib
 import json
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -22,16 +20,11 @@ from ml_collections import config_flags
 import nag_jax
 from examples import data, feeds, optimizer, plots, steps, tasks
 from examples.checkpoints import Checkpoints
+from examples.config_check import check
 from examples.errors import UserError
 from examples.reporting import Reporter, Row, describe
-
-_FREE = {
-    "data_dir",
-    "devices",
-    "checkpoint_every",
-    "keep",
-    "tensorboard",
-}  # may change when a run goes on
+from examples.signals import StopRequest
+from examples.workdir import claim, refuse_other, write_config
 
 
 class Interrupted(Exception):
@@ -211,107 +204,6 @@ def over_devices(config: Any) -> tuple[NamedSharding, Any]:
     rows = NamedSharding(mesh, PartitionSpec("data"))
     constrain = lambda batch: jax.lax.with_sharding_constraint(batch, rows)
     return NamedSharding(mesh, PartitionSpec()), constrain
-
-
-def check(config: Any) -> None:
-    """Refuses values that no run can use, before anything is read or written."""
-    at_least = dict.fromkeys(("batch_size", "eval_batch_size", "num_epochs", "accumulate"), 1)
-    at_least |= dict.fromkeys(("eval_every", "keep"), 1)
-    at_least |= dict.fromkeys(("warmup_epochs", "clip_norm", "log_every", "checkpoint_every"), 0)
-    for name, low in at_least.items():
-        if not low <= config[name] < 2**31:
-            raise UserError(f"config.{name} must be at least {low}, got {config[name]}")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed must be in [0, 2**32), got {config.seed}")
-    for name in ("hidden_sizes", "channels"):
-        if not all(isinstance(n, int) and n > 0 for n in config.model[name]):
-            raise UserError(f"config.model.{name} must be positive ints, got {config.model[name]}")
-    for name in ("hidden", "blocks", "embedding", "length", "latent", "width"):
-        if config.model[name] < 1:
-            raise UserError(f"config.model.{name} must be at least 1, got {config.model[name]}")
-    if not (config.augment.shift >= 0 and 0 <= config.augment.zoom < 1):
-        raise UserError("config.augment needs shift >= 0 and zoom in [0, 1)")
-    for name, choices in (("nonfinite", ("stop", "skip")), ("on_bad", ("refuse", "skip"))):
-        if config[name] not in choices:
-            raise UserError(f"config.{name} must be one of {choices}, got {config[name]!r}")
-    if not 0 <= config.devices <= jax.device_count():
-        raise UserError(
-            f"config.devices must be in [0, {jax.device_count()}], got {config.devices}"
-        )
-    devices, parts = config.devices or jax.device_count(), config.accumulate
-    if config.batch_size % (devices * parts):
-        raise UserError(
-            f"config.batch_size={config.batch_size} cannot be split evenly over {devices} devices "
-            f"with config.accumulate={parts}; make it a multiple of {devices * parts}"
-        )
-
-
-def claim(workdir: Path, config: Any) -> None:
-    """Makes the folder, or refuses it if it holds another run."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "config.json"
-        # Without a checkpoint there is nothing to lose: a run that failed early may be mended.
-        if path.exists() and any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
-            refuse_other(workdir, json.loads(path.read_text()), config)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be used: {error.strerror}") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"{workdir}/config.json: damaged ({error}); choose another --workdir"
-        ) from None
-
-
-def write_config(workdir: Path, config: Any) -> None:
-    try:
-        temporary = workdir / "config.tmp"
-        temporary.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
-        temporary.replace(workdir / "config.json")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be used: {error.strerror}") from None
-
-
-def refuse_other(workdir: Path, saved: dict[str, Any], config: Any) -> None:
-    """UserError if the saved config is of another run, naming the first field that differs."""
-    ours, theirs = flatten(json.loads(config.to_json())), flatten(saved)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in _FREE and ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"{workdir} holds a run of another config: there config.{name} is "
-                f"{theirs.get(name)!r}, here {ours.get(name)!r}; choose another --workdir or "
-                "remove that one"
-            )
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-class StopRequest:
-    """Notes Ctrl-C and SIGTERM, so that the loop can save first; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: signals are somebody else's
-                return
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:

@@ -1,0 +1,57 @@
+"""Whose folder is it: a run goes on in its own, and never touches that of another."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from examples.errors import UserError
+
+# May change when a run goes on.
+_FREE = {"data_dir", "devices", "checkpoint_every", "keep", "tensorboard"}
+
+
+def claim(workdir: Path, config: Any) -> None:
+    """Makes the folder, or refuses it if it holds another run."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "config.json"
+        # Without a checkpoint there is nothing to lose: a run that failed early may be mended.
+        if path.exists() and any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
+            refuse_other(workdir, json.loads(path.read_text()), config)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be used: {error.strerror}") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{workdir}/config.json: damaged ({error}); choose another --workdir"
+        ) from None
+
+
+def write_config(workdir: Path, config: Any) -> None:
+    try:
+        temporary = workdir / "config.tmp"
+        temporary.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
+        temporary.replace(workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be used: {error.strerror}") from None
+
+
+def refuse_other(workdir: Path, saved: dict[str, Any], config: Any) -> None:
+    """UserError if the saved config is of another run, naming the first field that differs."""
+    ours, theirs = flatten(json.loads(config.to_json())), flatten(saved)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in _FREE and ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{workdir} holds a run of another config: there config.{name} is "
+                f"{theirs.get(name)!r}, here {ours.get(name)!r}; choose another --workdir or "
+                "remove that one"
+            )
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
