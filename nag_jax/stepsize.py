@@ -32,7 +32,7 @@ class BacktrackingState(NamedTuple):
 def backtracking(
     prox: Prox | None = None,
     *,
-    initial: float | None = None,
+    initial: float | None = 1.0,
     grow: float = 1.1,
     shrink: float = 0.5,
     restart: Any = "gradient",
@@ -62,7 +62,8 @@ def backtracking(
     Args:
       prox: of a penalty or constraint beside the loss, from ``nag_jax.proximal``; None: none.
       initial: where the first call starts its search for a learning rate, above 0; it doubles and
-        halves until the test just holds. None: :math:`|f| / \|g\|^2`, which has the right units.
+        halves until the test just holds, at the price of a value each. None: :math:`|f| / \|g\|^2`,
+        which has the right units, so that f may be multiplied by anything.
       grow: factor of the learning rate after each step, at least 1.
       shrink: factor after a failed test, in (0, 1).
       restart: "gradient", "value", "speed", None for never, or a condition from
@@ -220,24 +221,19 @@ def _search(test: Any, lr: Any, first: Any, still: Any, shrink: float) -> tuple[
     """
 
     def body(carry: Any) -> Any:
-        lr, up, down, n = carry[0], carry[3], carry[4], carry[5]
-        ok, telling = test(lr)
-        up = up & ok
-        down = down & ~ok
-        return lr, ok, telling, up, down, n + 1
-
-    def step(carry: Any) -> Any:
         lr, _, _, up, _, n = carry
         lr = jnp.where(n == 0, lr, _within(jnp.where(up, lr / shrink, lr * shrink)))
-        return body((lr, *carry[1:3], up, still, n))
+        ok, telling = test(lr)
+        # Once a longer step has failed, the last but one, which was short enough, ends it.
+        return lr, ok, telling, up & ok, still & ~ok, n + 1
 
     def going(carry: Any) -> Any:
         _, _, _, up, down, n = carry
         return (n == 0) | ((up | down) & (n < _SEARCHES))
 
     no = jnp.asarray(False)
-    start = (lr, no, no, first, still, jnp.zeros([], jnp.int32))
-    return jax.lax.while_loop(going, step, start)[:3]
+    start = (lr, no, no, first, no, jnp.zeros([], jnp.int32))
+    return jax.lax.while_loop(going, body, start)[:3]
 
 
 def _guess(initial: float | None, value: jax.Array, square: jax.Array) -> jax.Array:
