@@ -116,7 +116,7 @@ def backtracking(
         scalar = lambda x: jnp.full([], x, float)
         count = lambda: jnp.zeros([], jnp.int32)
         return AccelerateState(
-            m=jax.tree.map(jnp.zeros_like, params),
+            m=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=p.dtype), params),
             carry=BacktrackingState(scalar(0), scalar(1), scalar(0), count(), count()),
             readout=scalar(-1),
             restart=() if restart is None else _restarting.start(),
