@@ -39,7 +39,7 @@ def to_gaps(values: np.ndarray, low: float, gaps: tuple[float, ...]) -> list[int
 
 
 def hessian_products(problem: convex.Problem) -> int:
-    """How many ``largest_curvature`` spends on the learning rate: calls of the loss, run eagerly."""
+    """How many ``largest_curvature`` spends: calls of the loss, run eagerly."""
     calls = []
 
     def loss(params: Any) -> jax.Array:

@@ -80,20 +80,23 @@ def backtracking(
 
     The point: curvatures of any size, and nothing to tune.
 
-    >>> for scale in (1e-6, 1.0, 1e6):
+    >>> optimizer = nag_jax.backtracking()
+    >>> @jax.jit
+    ... def step(params, state, scale):
     ...     loss = lambda p: scale * jnp.sum(jnp.array([1.0, 0.01]) * (p - 1) ** 2)
-    ...     optimizer = nag_jax.backtracking()
+    ...     value, gradient = jax.value_and_grad(loss)(params)
+    ...     updates, state = optimizer.update(
+    ...         gradient, state, params, value=value, grad=gradient, value_fn=loss)
+    ...     return optax.apply_updates(params, updates), state
+    >>> for scale in (1e-6, 1.0, 1e6):
     ...     params = jnp.zeros(2)
     ...     state = optimizer.init(params)
-    ...     for _ in range(60):
-    ...         value, gradient = jax.value_and_grad(loss)(params)
-    ...         updates, state = optimizer.update(
-    ...             gradient, state, params, value=value, grad=gradient, value_fn=loss)
-    ...         params = optax.apply_updates(params, updates)
-    ...     print([f"{x:.3f}" for x in nag_jax.eval_params(params, state)])
-    ['1.000', '1.000']
-    ['1.000', '1.000']
-    ['1.000', '1.000']
+    ...     for _ in range(200):
+    ...         params, state = step(params, state, scale)
+    ...     print([f"{x:.2f}" for x in nag_jax.eval_params(params, state)])
+    ['1.00', '1.00']
+    ['1.00', '1.00']
+    ['1.00', '1.00']
 
     References:
       Scheinberg, Goldfarb, Bai, Fast first-order methods for composite convex optimization with

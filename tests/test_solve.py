@@ -266,13 +266,11 @@ def test_separable_logistic_regression_in_float32():
         rounding = 4 * np.finfo(np.float32).eps * values[:-1]
         assert np.all(np.isfinite(values))
         assert values[-1] < end
-        if tx is known:  # a step that grows overshoots before a restart
+        if tx is known:
             assert np.all(np.diff(values) <= rounding)
-        else:
-            rises = np.diff(values) > rounding
-            print(rises.sum(), np.max(values[1:] / np.minimum.accumulate(values[:-1])))
-            assert np.mean(rises) < 0.01
-            assert np.all(values[1:] <= 2 * np.minimum.accumulate(values[:-1]))
+        else:  # 4 of 10,000 steps rise, by at most 1.5e-6
+            assert np.sum(np.diff(values) > rounding) <= 20
+            assert np.all(values[1:] <= (1 + 5e-6) * np.minimum.accumulate(values[:-1]))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -139,7 +139,7 @@ def test_rounding_causes_no_false_failures(shift):
 def test_never_grows_beyond_what_is_finite():
     """A linear loss passes every test; so does one that is 0."""
     for value in (lambda p: jnp.sum(p), lambda p: 0 * jnp.sum(p)):
-        ys, _, carries, _ = trajectory(nag_jax.backtracking(), value, jnp.ones(3), 3000)
+        _, _, carries, _ = trajectory(nag_jax.backtracking(), value, jnp.ones(3), 3000)
         assert np.all(np.isfinite(carries.learning_rate))
         assert np.all(np.isfinite(carries.t))
         assert np.all(carries.t >= 1)
@@ -147,7 +147,7 @@ def test_never_grows_beyond_what_is_finite():
 
 @pytest.mark.usefixtures("x64")
 def test_the_scale_of_the_loss_does_not_matter():
-    value, _, solution = quadratic(1e3)
+    value, _, _ = quadratic(1e3)
     steps = []
     for scale in 10.0 ** np.arange(-6, 7, 3):
         scaled = lambda p, scale=scale: scale * value(p)
