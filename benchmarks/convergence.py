@@ -3,9 +3,9 @@
     python -m benchmarks.convergence
 
 Needs jaxopt 0.8.5 beside the examples' packages. Writes results/convergence.json and the table in
-README.md. A gradient evaluation of ``minimize`` is a step; products with the Hessian for its
-learning rate are counted apart, at two gradients each in the total. One of jaxopt is an iteration;
-the function values of its line search are not counted.
+README.md. A gradient evaluation of ``minimize`` is a step, a retry of its backtracking too; one of
+jaxopt is an iteration. The function values of neither's line search are counted. Products with the
+Hessian for a learning rate of 1/L are counted apart.
 """
 
 import importlib
@@ -28,6 +28,7 @@ from examples import convex
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "convergence.json"
 STEPS = 6000
+SEARCHING = ("minimize (backtracking)", "jaxopt, line search")
 GAPS = {"float64": (1e-3, 1e-6, 1e-9), "float32": (1e-3, 1e-6)}
 
 
@@ -38,7 +39,7 @@ def to_gaps(values: np.ndarray, low: float, gaps: tuple[float, ...]) -> list[int
 
 
 def hessian_products(problem: convex.Problem) -> int:
-    """How many ``minimize`` spends on its learning rate: calls of the loss, run eagerly."""
+    """How many ``largest_curvature`` spends: calls of the loss, run eagerly."""
     calls = []
 
     def loss(params: Any) -> jax.Array:
@@ -68,15 +69,17 @@ def jaxopt_iterates(jaxopt: Any, problem: convex.Problem, **arguments: Any) -> j
 
 def iterates(problem: convex.Problem, optimizer: Any) -> jax.Array:
     """The evaluated iterate of each step of an optax optimizer."""
+    tx = optax.with_extra_args_support(optimizer)
 
     def body(carry: Any, _: Any) -> Any:
         params, state = carry
-        updates, state = optimizer.update(jax.grad(problem.loss)(params), state, params)
+        value, g = jax.value_and_grad(problem.loss)(params)
+        updates, state = tx.update(g, state, params, value=value, grad=g, value_fn=problem.loss)
         params = optax.apply_updates(params, updates)
         accelerated = optax.tree.get(state, "readout") is not None
         return (params, state), nag_jax.eval_params(params, state) if accelerated else params
 
-    carry = problem.start, optimizer.init(problem.start)
+    carry = problem.start, tx.init(problem.start)
     return jax.jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[1])(carry)
 
 
@@ -89,7 +92,8 @@ def measure(jaxopt: Any, name: str, dtype: str) -> list[dict[str, Any]]:
     methods = {
         "gradient descent": iterates(problem, heads),
         "fista": iterates(problem, nag_jax.fista(lr, problem.prox, restart=None)),
-        "minimize (fista + restart)": iterates(problem, nag_jax.fista(lr, problem.prox)),
+        "fista + restart": iterates(problem, nag_jax.fista(lr, problem.prox)),
+        "minimize (backtracking)": iterates(problem, nag_jax.backtracking(problem.prox)),
         "jaxopt, line search": jaxopt_iterates(jaxopt, problem),
         "jaxopt, stepsize=1/L": jaxopt_iterates(jaxopt, problem, stepsize=float(lr)),
     }
@@ -107,7 +111,7 @@ def measure(jaxopt: Any, name: str, dtype: str) -> list[dict[str, Any]]:
             "dtype": dtype,
             "method": method,
             "gradients": to_gaps(v, low, GAPS[dtype]),
-            "hessian_products": 0 if method == "jaxopt, line search" else products,
+            "hessian_products": 0 if method in SEARCHING else products,
             "finite": bool(np.all(np.isfinite(v))),
         }
         for method, v in values.items()
@@ -128,7 +132,8 @@ def separable(jaxopt: Any) -> dict[str, Any]:
     row = {}
     for name, xs in (
         ("jaxopt, line search", jaxopt_iterates(jaxopt, problem)),
-        ("minimize (fista + restart)", iterates(problem, nag_jax.fista(lr))),
+        ("fista + restart", iterates(problem, nag_jax.fista(lr))),
+        ("minimize (backtracking)", iterates(problem, nag_jax.backtracking())),
     ):
         bad = np.flatnonzero(~np.all(np.isfinite(np.asarray(xs)), axis=1))
         last = np.asarray(xs)[bad[0] - 1 if len(bad) else -1]
@@ -140,7 +145,7 @@ def separable(jaxopt: Any) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown; the total counts a Hessian product as two gradients."""
+    """The results as Markdown."""
     show = lambda n: "-" if n is None else str(n)
     lines = [
         f"`{results['command']}`, {results['date']}, {results['machine']}; "

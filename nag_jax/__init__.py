@@ -18,5 +18,6 @@ from nag_jax.solve import Reason as Reason
 from nag_jax.solve import Result as Result
 from nag_jax.solve import largest_curvature as largest_curvature
 from nag_jax.solve import minimize as minimize
+from nag_jax.stepsize import backtracking as backtracking
 
 __version__ = "0.1.0.dev0"

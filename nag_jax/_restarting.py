@@ -43,7 +43,7 @@ def decide(
 ) -> tuple[jax.Array, RestartState]:
     """Whether to restart now, and the state after that."""
     v = map_gradients(lambda u, m: wide(m) + wide(u), u, m)
-    dot = lambda a, b: _inner_product(a, b, axis_name)
+    dot = lambda a, b: inner_product(a, b, axis_name)
     fire, remembered = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
     return jnp.asarray(fire), RestartState(
         restarts=state.restarts + jnp.asarray(fire, jnp.int32),
@@ -71,7 +71,7 @@ def check_rule(c: Coefficients) -> None:
             )
 
 
-def _inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
+def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     """Real part of <a, b> over all leaves, and over the devices of ``axis_name``, in float32."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     terms = [jnp.sum((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]

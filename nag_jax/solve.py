@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax import restart, rules
 from nag_jax._arithmetic import wide
 from nag_jax._checks import check_prox, check_range
-from nag_jax.kernel import AccelerateState, accelerate, eval_params
-from nag_jax.proximal import Prox, prox_step
+from nag_jax.kernel import AccelerateState, eval_params
+from nag_jax.proximal import Prox
+from nag_jax.stepsize import backtracking
 
 _PATIENCE = 10  # steps in a row that must be too small: a warm-up and a restart make single ones
 
@@ -74,9 +74,8 @@ def minimize(
       params: the start, any pytree. Where ``prox`` is a constraint it may violate it.
       optimizer: any ``optax.GradientTransformation``, the same prox at its head if there is one.
         ``update`` gets ``value``, ``grad`` and ``value_fn`` as line searches want them. None:
-        FISTA with gradient restart and the learning rate 1/L of :func:`largest_curvature` at the
-        start, which is right where the curvature is largest there: on least squares, and on
-        logistic regression from 0.
+        ``nag_jax.backtracking(prox)``, FISTA with gradient restart that finds its step size, at
+        the price of about one more value of fun for each gradient.
       prox: of a penalty or constraint beside fun; see ``nag_jax.proximal``.
       tol: at least 0; in units of the gradient.
       max_steps: gradients at most, at least 1.
@@ -111,9 +110,7 @@ def minimize(
     def solve(fun: Callable[[Any], Any]) -> _Loop:
         tx = optimizer
         if tx is None:
-            lr = 1 / largest_curvature(fun, params)
-            head = optax.sgd(lr) if prox is None else prox_step(prox, lr)
-            tx = optax.chain(head, accelerate(rules.fista(), restart=restart.gradient))
+            tx = backtracking(prox)
         return _run(fun, params, optax.with_extra_args_support(tx), prox, tol, max_steps)
 
     if implicit_diff:

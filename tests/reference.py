@@ -306,3 +306,54 @@ def srsgd(gradient, start, learning_rate, period, steps):
         ys.append(y)
         xs.append(x)
     return np.stack(ys), np.stack(xs)
+
+
+def fista_backtracking(
+    value, gradient, start, steps, *, initial=1.0, grow=1.1, shrink=0.5, restart=True, prox=None
+):
+    """Scheinberg, Goldfarb, Bai 2014: a failed test shortens the step and moves the query point.
+
+    Where x - x_before is not extrapolated, the query point does not depend on the step, so that
+    shortening it there is no retry; the first step is also lengthened as far as the test allows.
+    Returns (query point, iterate, learning rate tried next, certificate, event) after each
+    gradient; the certificate is 1/(2 lr t^2), None where there was no step.
+    """
+    x, y = (np.array(start, dtype=np.float64) for _ in range(2))
+    eps, trace = np.finfo(np.float64).eps, []
+    lr, t, before, lr_before, v = initial, 1.0, 0.0, 1.0, np.zeros_like(x)
+    for k in range(steps):
+        g, f = gradient(y), value(y)
+        slack = 4 * eps * (abs(f) + np.sum(np.abs(g * y)))
+
+        def proposed(lr, y=y, g=g):
+            return -lr * g if prox is None else prox(y - lr * g, lr) - y
+
+        def passes(lr, f=f, g=g, y=y, slack=slack, proposed=proposed):
+            u = proposed(lr)
+            model = u @ u / (2 * lr)
+            return model <= 8 * slack or value(y + u) <= f + g @ u + model + slack
+
+        while k == 0 and passes(lr):
+            lr /= shrink
+        while before <= 1 and not passes(lr):
+            lr *= shrink
+        corrected = lambda lr, before=before, lr_before=lr_before: (
+            (1 + np.sqrt(1 + 4 * before**2 * lr_before / lr)) / 2
+        )
+        t = corrected(lr)
+        if not passes(lr):
+            lr *= shrink
+            y = x + (before - 1) / corrected(lr) * v
+            trace.append((y, x, lr, None, "retry"))
+            continue
+        u = proposed(lr)
+        v, x, certificate = y + u - x, y + u, 1 / (2 * lr * t**2)
+        if restart and u @ v < 0:
+            before, lr_before, y = 0.0, 1.0, x
+            trace.append((y, x, lr, certificate, "restart"))
+            continue
+        before, lr_before = t, lr
+        lr = lr * grow if u @ u / (2 * lr) > 8 * slack else lr
+        y = x + (t - 1) / ((1 + np.sqrt(1 + 4 * before**2 * lr_before / lr)) / 2) * v
+        trace.append((y, x, lr, certificate, "step"))
+    return trace

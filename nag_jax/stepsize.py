@@ -1,0 +1,265 @@
+"""Step sizes that tune themselves from the values and gradients that the method sees anyway."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nag_jax import _restarting
+from nag_jax import restart as conditions
+from nag_jax._arithmetic import map_gradients, real_like, wide
+from nag_jax._checks import check_choice, check_prox, check_range
+from nag_jax.kernel import AccelerateState
+from nag_jax.proximal import Prox
+
+_SEARCHES = 100  # trial steps in one call at most, where there is no momentum yet
+_ROUNDING = 4  # of values, in units of the precision
+_TELLING = 8  # a step this many times above rounding tells whether it was short enough
+
+
+class BacktrackingState(NamedTuple):
+    """The carry of :func:`backtracking`, inside an ``AccelerateState``."""
+
+    learning_rate: jax.Array  # to try next, shape=(), default float dtype; 0: none yet
+    t: jax.Array  # FISTA's t, corrected for that learning rate, shape=(), default float dtype
+    momentum: jax.Array  # m = momentum*(x_k - x_{k-1}), shape=(), default float dtype
+    accepted: jax.Array  # steps taken, shape=(), int32
+    retries: jax.Array  # calls that only shortened the step, shape=(), int32
+
+
+def backtracking(
+    prox: Prox | None = None,
+    *,
+    initial: float | None = 1.0,
+    grow: float = 1.1,
+    shrink: float = 0.5,
+    restart: Any = "gradient",
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""FISTA that finds its step size: it grows, backtracks, and keeps FISTA's guarantee.
+
+    With :math:`u = -\epsilon g`, or the step of ``prox_step``, each call tests
+
+    .. math:: f(y + u) \le f(y) + \langle g, u \rangle + \frac{\|u\|^2}{2 \epsilon}
+
+    If it holds, x moves to y + u and the learning rate grows; the momentum takes account of that,
+
+    .. math::
+        t'(t' - 1) \epsilon' = t^2 \epsilon, \qquad
+        y' = x' + \frac{t - 1}{t'} (x' - x)
+
+    If not, the learning rate shrinks, and since y depends on it, params move to the new y and the
+    next gradient is taken there; x stays. So, as long as no restart fires,
+    :math:`f(x_k) - f^* \le R^2 / (2 \epsilon_k t_k^2)` without L being known.
+
+    A call costs one gradient, given, and one value more; several values where there is no
+    momentum (the first two calls and after a restart) and shorter steps need no new gradient. It
+    is a whole optimizer: no learning rate before it, nothing after it. Differences of values that
+    rounding hides, relative to f and to :math:`\sum |g_i y_i|`, change no learning rate.
+
+    Args:
+      prox: of a penalty or constraint beside the loss, from ``nag_jax.proximal``; None: none.
+      initial: where the first call starts its search for a learning rate, above 0; it doubles and
+        halves until the test just holds, at the price of a value each. None: :math:`|f| / \|g\|^2`,
+        which has the right units, so that f may be multiplied by anything.
+      grow: factor of the learning rate after each step, at least 1.
+      shrink: factor after a failed test, in (0, 1).
+      restart: "gradient", "value", "speed", None for never, or a condition from
+        ``nag_jax.restart``; how often it fired is ``optax.tree.get(state, "restarts")``.
+      axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``, ``value`` and
+      ``value_fn``, as optax's line searches do; ``eval_params`` finds x. In its state are
+      ``learning_rate``, ``t``, ``accepted`` and ``retries``.
+
+    Raises:
+      ValueError: for arguments out of range; from update, if something it needs is missing.
+
+    The point: curvatures of any size, and nothing to tune.
+
+    >>> optimizer = nag_jax.backtracking()
+    >>> @jax.jit
+    ... def step(params, state, scale):
+    ...     loss = lambda p: scale * jnp.sum(jnp.array([1.0, 0.01]) * (p - 1) ** 2)
+    ...     value, gradient = jax.value_and_grad(loss)(params)
+    ...     updates, state = optimizer.update(
+    ...         gradient, state, params, value=value, grad=gradient, value_fn=loss)
+    ...     return optax.apply_updates(params, updates), state
+    >>> for scale in (1e-6, 1.0, 1e6):
+    ...     params = jnp.zeros(2)
+    ...     state = optimizer.init(params)
+    ...     for _ in range(200):
+    ...         params, state = step(params, state, scale)
+    ...     print([f"{x:.2f}" for x in nag_jax.eval_params(params, state)])
+    ['1.00', '1.00']
+    ['1.00', '1.00']
+    ['1.00', '1.00']
+
+    References:
+      Scheinberg, Goldfarb, Bai, Fast first-order methods for composite convex optimization with
+      backtracking, Foundations of Computational Mathematics 14, 2014. Beck, Teboulle, A fast
+      iterative shrinkage-thresholding algorithm for linear inverse problems, 2009, section 4.
+      O'Donoghue, Candes, Adaptive restart for accelerated gradient schemes, 2012, arXiv:1204.3982.
+    """
+    if prox is not None:
+        check_prox(prox)
+    if initial is not None:
+        check_range("initial", initial, 0.0, low_open=True)
+    check_range("grow", grow, 1.0)
+    check_range("shrink", shrink, 0.0, 1.0, low_open=True)
+    if isinstance(restart, str):
+        check_choice("restart", restart, ("gradient", "value", "speed"))
+        restart = getattr(conditions, restart)
+    _restarting.check(restart)
+
+    def init(params: optax.Params) -> AccelerateState:
+        scalar = lambda x: jnp.full([], x, float)
+        count = lambda: jnp.zeros([], jnp.int32)
+        return AccelerateState(
+            m=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=p.dtype), params),
+            carry=BacktrackingState(scalar(0), scalar(1), scalar(0), count(), count()),
+            readout=scalar(-1),
+            restart=() if restart is None else _restarting.start(),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        value: Any = None,
+        value_fn: Callable[..., Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AccelerateState]:
+        del extra_args
+        if params is None or value is None or value_fn is None:
+            raise ValueError(
+                "backtracking needs params, value and value_fn: call optimizer.update(gradients, "
+                "state, params, value=value, grad=gradients, value_fn=loss)"
+            )
+        g, carry = updates, state.carry
+        real = carry.learning_rate.dtype
+        dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(real)
+        value = jnp.asarray(value, real)
+        rounding = _ROUNDING * _rounding(value, g, params, dot)
+
+        def test(lr: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Whether the step is short enough, and whether that can be told at all."""
+            u = _step(g, params, prox, lr)
+            model = dot(u, map_gradients(lambda u: u / real_like(2 * lr, u), u))
+            after = jnp.asarray(value_fn(_moved(params, u)), real)
+            telling = model > _TELLING * rounding
+            short = after <= value + dot(g, u) + model + rounding
+            return (short | ~telling) & jnp.isfinite(after), telling
+
+        first = carry.learning_rate == 0
+        start = jnp.where(first, _guess(initial, value, dot(g, g)), carry.learning_rate)
+        lr, ok, telling = _search(test, start, first, carry.momentum == 0, shrink)
+        u = _step(g, params, prox, lr)
+
+        # t for the learning rate tried; the product is t_{k-1}^2 lr_{k-1}, which does not change.
+        mass = carry.t * (carry.t - 1) * jnp.where(first, lr, carry.learning_rate)
+        t = _corrected(mass, lr)
+        shorter, longer = (_within(lr * factor) for factor in (shrink, grow))
+        longer = jnp.where(telling, longer, lr)
+        fire, memory = jnp.asarray(False), state.restart
+        if restart is not None:
+            fire, memory = _restarting.decide(restart, memory, u, state.m, axis_name, value)
+            memory = jax.tree.map(lambda a, b: jnp.where(ok, a, b), memory, state.restart)
+            fire = fire & ok
+        new_lr = jnp.where(fire, lr, jnp.where(ok, longer, shorter))
+        new_t = jnp.where(fire, 1, _corrected(jnp.where(ok, t * t * lr, mass), new_lr))
+        # m' = scale*(m + u) after a step; without one the same x - x_before, for the new lr.
+        scale = jnp.where(ok, jnp.where(fire, 0, t - 1), t) / new_t
+        m = map_gradients(
+            lambda u, m: (
+                real_like(scale, m) * (wide(m) + jnp.where(ok, wide(u), jnp.zeros_like(wide(u))))
+            ).astype(m.dtype),
+            u,
+            state.m,
+        )
+        m = jax.tree.map(
+            lambda new, old: old if new is None else new, m, state.m, is_leaf=lambda n: n is None
+        )
+        updates = map_gradients(
+            lambda g, u, old, new: (jnp.where(ok, wide(u), -wide(old)) + wide(new)).astype(g.dtype),
+            g,
+            u,
+            state.m,
+            m,
+        )
+        carry = BacktrackingState(
+            learning_rate=new_lr,
+            t=new_t,
+            momentum=jnp.where(ok, scale, carry.momentum * scale),
+            accepted=carry.accepted + ok.astype(jnp.int32),
+            retries=carry.retries + (~ok).astype(jnp.int32),
+        )
+        return updates, AccelerateState(m=m, carry=carry, readout=state.readout, restart=memory)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step(g: Any, params: Any, prox: Any, lr: Any) -> Any:
+    """-lr*g, or the proximal step, in float32 at least."""
+    if prox is None:
+        return map_gradients(lambda g: -real_like(lr, g) * wide(g), g)
+    point = map_gradients(lambda g, p: wide(p) - real_like(lr, p) * wide(g), g, params)
+    return map_gradients(lambda g, p, z: wide(z) - wide(p), g, params, prox(point, lr))
+
+
+def _moved(params: Any, u: Any) -> Any:
+    move = lambda u, p: p if u is None else (wide(p) + wide(u)).astype(jnp.result_type(p))
+    return jax.tree.map(move, u, params, is_leaf=lambda node: node is None)
+
+
+def _search(test: Any, lr: Any, first: Any, still: Any, shrink: float) -> tuple[Any, Any, Any]:
+    """The learning rate tried last, whether its step is short enough, and whether that is telling.
+
+    Where there is no momentum, y does not depend on lr, so shorter steps need no new gradient; and
+    the first call looks for the longest one.
+    """
+
+    def body(carry: Any) -> Any:
+        lr, _, _, up, _, n = carry
+        lr = jnp.where(n == 0, lr, _within(jnp.where(up, lr / shrink, lr * shrink)))
+        ok, telling = test(lr)
+        # Once a longer step has failed, the last but one, which was short enough, ends it.
+        return lr, ok, telling, up & ok, still & ~ok, n + 1
+
+    def going(carry: Any) -> Any:
+        _, _, _, up, down, n = carry
+        return (n == 0) | ((up | down) & (n < _SEARCHES))
+
+    no = jnp.asarray(False)
+    start = (lr, no, no, first, no, jnp.zeros([], jnp.int32))
+    return jax.lax.while_loop(going, body, start)[:3]
+
+
+def _guess(initial: float | None, value: jax.Array, square: jax.Array) -> jax.Array:
+    if initial is not None:
+        return jnp.full_like(value, initial)
+    size = jnp.sqrt(square)
+    guess = jnp.abs(value) / size / size
+    return jnp.where(jnp.isfinite(guess) & (guess > 0), _within(guess), 1)
+
+
+def _corrected(mass: jax.Array, lr: jax.Array) -> jax.Array:
+    return (1 + jnp.sqrt(1 + 4 * mass / lr)) / 2
+
+
+def _within(lr: jax.Array) -> jax.Array:
+    """So far from overflow that lr and t^2 lr stay finite, whatever the loss."""
+    limit = float(jnp.finfo(lr.dtype).max) ** 0.75
+    return jnp.clip(lr, 1 / limit, limit)
+
+
+def _rounding(value: jax.Array, g: Any, params: Any, dot: Any) -> jax.Array:
+    """How far off a value may be: rounded itself, and computed from rounded params."""
+    sizes = map_gradients(lambda g, p: jnp.abs(wide(p)), g, params)
+    spread = dot(map_gradients(lambda g: jnp.abs(wide(g)), g), sizes)
+    eps = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((g, params))]
+    return max(eps, default=0.0) * (jnp.abs(value) + spread)
