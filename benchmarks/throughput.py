@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
-from torch import nn
+import torch  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
 
 from benchmarks.machine import describe_machine
 from examples import data, feeds, optimizer, steps, tasks, train
