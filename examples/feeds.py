@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from examples import steps
+from examples.compiling import jit
 from examples.data import Dataset
 from examples.errors import UserError
 from examples.streaming import BatchStream, ShardedSource, open_shards
@@ -68,7 +69,7 @@ class StreamFeed:
         self.steps_per_epoch = self._stream.steps_per_epoch
 
     def compile(self, update: Callable) -> None:
-        self._update = jax.jit(update, donate_argnums=0)
+        self._update = jit(update, donate_argnums=0)
 
     def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
         for _ in range(n):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from examples.compiling import jit
 from examples.models import BATCH_NORM_MOMENTUM
 from examples.tasks import Batch, Sums, Task
 
@@ -107,7 +108,7 @@ def make_run(
 ) -> Callable[[TrainState, Batch, jax.Array, int], TrainState]:
     """``(state, data, order, n) -> state`` after n updates on samples of ``data`` in ``order``."""
 
-    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+    @functools.partial(jit, static_argnums=3, donate_argnums=0)
     def run(state: TrainState, data: Batch, order: jax.Array, n: int) -> TrainState:
         def one(state: TrainState, _: None) -> tuple[TrainState, None]:
             start = (state.step % steps_per_epoch) * batch_size
@@ -129,7 +130,7 @@ def epoch_order(key: jax.Array, epoch: int, samples: int) -> jax.Array:
 def make_evaluate(task: Task, batch_size: int) -> Callable[[Any, Any, Batch], Sums]:
     """``(params, rest, data) -> sums`` over every sample, the last batch padded."""
 
-    @functools.partial(jax.jit, static_argnums=4)
+    @functools.partial(jit, static_argnums=4)
     def evaluate_batch(params: Any, rest: Any, data: Batch, start: int, size: int) -> Sums:
         samples = len(data["x"])
         indices = start + jnp.arange(size)
@@ -158,7 +159,7 @@ def make_refresh(task: Task, batch_size: int, batches: int = 20) -> Callable[[An
         return lambda params, data: task.rest
     zeros = jax.tree.map(jnp.zeros_like, task.rest)
 
-    @jax.jit
+    @jit
     def fresh(params: Any, data: Batch, start: int) -> Any:
         batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, batch_size), data)
         batch = task.prepare(batch, jax.random.key(0))

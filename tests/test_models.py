@@ -11,24 +11,56 @@ from examples import augment, models
 RNGS = nnx.Rngs(0)
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 6, 3), (4, 9, 7, 3)])
+SHAPES = pytest.mark.parametrize("shape", [(4, 8, 6, 3), (4, 9, 7, 3)])
+
+
+def _window(x):
+    strides = (1, 2, 2, 1)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, strides, strides, "VALID")
+
+
+@SHAPES
 def test_max_pool_and_its_gradient_are_those_of_reduce_window(shape):
-    window = lambda x: jax.lax.reduce_window(
-        x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
-    )
-    x = jnp.round(jax.random.normal(jax.random.key(0), shape))  # with ties
-    np.testing.assert_array_equal(models.max_pool(x), window(x))
-    g = jax.random.normal(jax.random.key(1), window(x).shape)
+    x = jax.random.normal(jax.random.key(0), shape)
+    np.testing.assert_array_equal(models.max_pool(x), _window(x))
+    g = jax.random.normal(jax.random.key(1), _window(x).shape)
     pull = lambda f: jax.vjp(f, x)[1](g)[0]
-    np.testing.assert_array_equal(pull(models.max_pool), pull(window))
+    np.testing.assert_array_equal(pull(models.max_pool), pull(_window))
+
+
+@SHAPES
+def test_max_pool_shares_the_gradient_among_ties(shape):
+    x = np.array(jnp.round(jax.random.normal(jax.random.key(0), shape)))
+    y = np.asarray(models.max_pool(x))
+    g = np.asarray(jax.random.normal(jax.random.key(1), y.shape))
+    dx = np.asarray(jax.vjp(models.max_pool, jnp.asarray(x))[1](jnp.asarray(g))[0])
+    expected = np.zeros_like(x)
+    for n, i, j, c in np.ndindex(*y.shape):
+        here = (n, slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2), c)
+        largest = x[here] == y[n, i, j, c]
+        expected[here] = largest * g[n, i, j, c] / largest.sum()
+    np.testing.assert_allclose(dx, expected, rtol=1e-6)
+    assert np.count_nonzero(expected) > y.size  # there were ties
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_convolve_is_the_layer(channels):
-    layer = nnx.Conv(channels, 5, (3, 3), rngs=RNGS)
-    layer.bias[...] = jnp.arange(5.0)
+def test_convolve_is_the_layer_and_so_are_its_gradients(channels):
+    layer = nnx.Conv(channels, 5, (3, 3), use_bias=False, rngs=RNGS)
     x = jax.random.normal(jax.random.key(0), (2, 9, 7, channels))
-    np.testing.assert_allclose(models.convolve(layer, x), layer(x), rtol=1e-5, atol=1e-5)
+    g = jax.random.normal(jax.random.key(1), (2, 9, 7, 5))
+    graph, kernel = nnx.split(layer)
+    both = lambda f: jax.vjp(lambda kernel, x: f(nnx.merge(graph, kernel), x), kernel, x)
+    (y, pull), (expected, pull_expected) = both(models.convolve), both(lambda layer, x: layer(x))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, (y, pull(g)), (expected, pull_expected(g)))
+
+
+def test_the_stage_of_the_cnn_is_convolution_bias_relu_pool():
+    stage = models.ConvolutionPool(2, 5, rngs=RNGS)
+    stage.bias[...] = jnp.linspace(-1, 1, 5)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 6, 2))
+    usual = _window(nnx.relu(stage.convolution(x) + stage.bias[...][None, None, None]))
+    np.testing.assert_allclose(stage(x), usual, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
