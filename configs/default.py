@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     config.num_epochs = 30
     config.nonfinite = "stop"  # stop | skip: what to do with a step whose gradient is not finite
 
+    config.cpu_fusions = ("REDUCE",)  # what XLA leaves to YNNPACK on CPU: DOT, REDUCE, both, none
     config.scan = True  # many steps in one program; slow for convolutions on CPU
     config.log_every = 100  # steps
     config.eval_every = 1  # epochs

@@ -21,5 +21,6 @@ def get_config() -> ConfigDict:
     config.optimizer.convention = "sutskever"
     config.learning_rate = 0.5
     config.clip_norm = 1.0
+    config.cpu_fusions = ("DOT", "REDUCE")
     config.num_epochs = 15
     return config

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from examples.compiling import FUSIONS
 from examples.errors import UserError
 
 
@@ -23,6 +24,8 @@ def check(config: Any) -> None:
     for name in ("hidden", "blocks", "embedding", "length", "latent", "width"):
         if config.model[name] < 1:
             raise UserError(f"config.model.{name} must be at least 1, got {config.model[name]}")
+    if not set(config.cpu_fusions) <= set(FUSIONS):
+        raise UserError(f"config.cpu_fusions must be some of {FUSIONS}, got {config.cpu_fusions}")
     if not (config.augment.shift >= 0 and 0 <= config.augment.zoom < 1):
         raise UserError("config.augment needs shift >= 0 and zoom in [0, 1)")
     for name, choices in (("nonfinite", ("stop", "skip")), ("on_bad", ("refuse", "skip"))):

@@ -30,11 +30,13 @@ class MemoryFeed:
         self.steps_per_epoch = count // config.batch_size
         self.stride = None if config.scan else 1  # updates between two looks at the clock
         self._count, self._batch_size = count, config.batch_size
+        self._fusions = config.cpu_fusions
         self._epoch = -1
         self._order: Any = None
 
     def compile(self, update: Callable) -> None:
-        self._run = steps.make_run(update, self._batch_size, self.steps_per_epoch)
+        shape = self._batch_size, self.steps_per_epoch
+        self._run = steps.make_run(update, *shape, self._fusions)
 
     def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
         """The state after n updates, all of the epoch of ``step``."""
@@ -65,11 +67,12 @@ class StreamFeed:
         for problem in source.left_out:
             print(f"left out: {problem}", flush=True)
         self.samples = jax.device_put(probe)
+        self._fusions = config.cpu_fusions
         self._stream = BatchStream(source, config.batch_size, config.seed)
         self.steps_per_epoch = self._stream.steps_per_epoch
 
     def compile(self, update: Callable) -> None:
-        self._update = jit(update, donate_argnums=0)
+        self._update = jit(update, self._fusions, donate_argnums=0)
 
     def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
         for _ in range(n):

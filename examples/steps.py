@@ -1,7 +1,7 @@
 """The compiled parts of training: one update, many updates, evaluation, BatchNorm statistics."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,11 +104,17 @@ def select(condition: jax.Array, new: Callable[[], TrainState], old: TrainState)
 
 
 def make_run(
-    update: Callable[[TrainState, Batch], TrainState], batch_size: int, steps_per_epoch: int
+    update: Callable[[TrainState, Batch], TrainState],
+    batch_size: int,
+    steps_per_epoch: int,
+    fusions: Sequence[str],
 ) -> Callable[[TrainState, Batch, jax.Array, int], TrainState]:
-    """``(state, data, order, n) -> state`` after n updates on samples of ``data`` in ``order``."""
+    """``(state, data, order, n) -> state`` after n updates on samples of ``data`` in ``order``.
 
-    @functools.partial(jit, static_argnums=3, donate_argnums=0)
+    ``fusions`` is for :func:`examples.compiling.jit`.
+    """
+
+    @functools.partial(jit, fusions=fusions, static_argnums=3, donate_argnums=0)
     def run(state: TrainState, data: Batch, order: jax.Array, n: int) -> TrainState:
         def one(state: TrainState, _: None) -> tuple[TrainState, None]:
             start = (state.step % steps_per_epoch) * batch_size
