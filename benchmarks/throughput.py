@@ -23,19 +23,20 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 
 from benchmarks.machine import describe_machine
 from examples import data, feeds, optimizer, steps, tasks, train
+from examples.layout import Layout
 
 _RESULT = Path(__file__).parent / "results" / "throughput.json"
 
 
 def prepared(config: Any, dataset: data.Dataset) -> tuple[feeds.MemoryFeed, steps.TrainState]:
     """The trainer's feed with its compiled update, and the state to begin with."""
-    replicated, constrain = train.over_devices(config)
-    feed = feeds.MemoryFeed(config, dataset, replicated)
+    layout = Layout(config.devices)
+    feed = feeds.MemoryFeed(config, dataset, layout)
     task = tasks.make(config, dataset, jax.random.key(0))
     maker = optimizer.make(config, feed.steps_per_epoch, 10**6)
-    feed.compile(steps.make_update(task, maker.transformation, 1, constrain))
+    feed.compile(steps.make_update(task, maker.transformation, 1, layout.constrain))
     state = steps.initial_state(task, maker.transformation, jax.random.key(1), feed.samples)
-    return feed, jax.device_put(state, replicated)
+    return feed, layout.put_whole(state)
 
 
 def jax_runner(config: Any, dataset: data.Dataset) -> Callable[[int], None]:
@@ -141,7 +142,7 @@ def python_overhead(config: Any, dataset: data.Dataset, n: int = 2000) -> dict[s
         start = time.perf_counter()
         while step < n:
             end = train.next_stop(config, step, feed.steps_per_epoch, n)
-            while step < end and not stop.requested:
+            while step < end and not stop.requested():
                 state = feed.advance(state, step, 1)
                 step += 1
         jax.block_until_ready(state)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from examples import processes
 from examples.errors import UserError
 
 
@@ -40,10 +41,11 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Begins to write; returns once the next update may change the state."""
+        leaves = _named(state)
+        sealed = {"meta": meta, "checksums": _checksums(leaves)}
+        sealed["checksum"] = _json_checksum(sealed)
         # A copy: donated buffers may be overwritten while they are still being written to disk.
-        arrays = {name: np.array(leaf) for name, leaf in _named(state).items()}
-        sealed = {"meta": meta, "checksums": {name: _checksum(a) for name, a in arrays.items()}}
-        sealed["checksum"] = _checksum(sealed)
+        arrays = {name: _copy(leaf) for name, leaf in leaves.items()}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(sealed)
         )
@@ -95,7 +97,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # whatever a damaged file makes orbax raise
                 reasons.append(f"{self._folder}/{step}: damaged ({_first_line(error)})")
-                print(f"{reasons[-1]}; trying the one before", flush=True)
+                processes.say(f"{reasons[-1]}; trying the one before")
                 continue
             self.set_aside(s for s in steps if s > step)
             return restored
@@ -107,7 +109,7 @@ class Checkpoints:
         meta_only = ocp.args.Composite(meta=ocp.args.JsonRestore())
         sealed = self._manager.restore(step, args=meta_only)["meta"]
         checksum = sealed.pop("checksum")
-        if checksum != _checksum(sealed):
+        if checksum != _json_checksum(sealed):
             raise ValueError("the checksum of meta is wrong")
         return sealed["meta"], sealed["checksums"]
 
@@ -119,8 +121,8 @@ class Checkpoints:
         }
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         arrays = self._manager.restore(step, args=items)["state"]
-        for name, array in arrays.items():  # orbax and zstd check none of the values
-            if checksums[name] != _checksum(np.asarray(array)):
+        for name, checksum in _checksums(arrays).items():  # orbax and zstd check no values
+            if checksums[name] != checksum:
                 raise ValueError(f"the checksum of {name} is wrong")
         # Copied: what orbax returns cannot always be donated.
         leaves = [jnp.copy(arrays[name]) for name in names]
@@ -132,8 +134,10 @@ class Checkpoints:
 
     def remove_unfinished(self) -> None:
         """Removes what a killed run was writing."""
-        for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path)
+        if processes.is_first():
+            for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path)
+        processes.wait_for_all("removed unfinished checkpoints")
 
     def set_aside(self, steps: Iterable[int]) -> None:
         """Moves checkpoints away, since orbax silently refuses to save below the newest."""
@@ -141,13 +145,15 @@ class Checkpoints:
         if not steps:
             return
         self._manager.close()
-        for step in steps:
+        processes.wait_for_all("closed the checkpoints")
+        for step in steps if processes.is_first() else ():
             target = self._folder.parent / "set_aside" / f"{self._folder.name}-{step}"
             while target.exists():
                 target = target.with_name(target.name + "-again")
             target.parent.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(target)
-            print(f"{self._folder}/{step}: moved to {target}", flush=True)
+            processes.say(f"{self._folder}/{step}: moved to {target}")
+        processes.wait_for_all("moved checkpoints")
         self._manager = self._open()
 
 
@@ -157,10 +163,40 @@ def _named(tree: Any) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in pairs}
 
 
-def _checksum(value: Any) -> int:
-    """Of an array, or of JSON values."""
-    if isinstance(value, np.ndarray):
-        return zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)
+def _copy(leaf: jax.Array) -> np.ndarray | jax.Array:
+    """Of an array that is whole here, one of the host's; of a part, one of the devices'."""
+    if leaf.sharding.is_fully_replicated:
+        return np.array(leaf.addressable_data(0))
+    return jnp.copy(leaf)
+
+
+def _checksums(leaves: dict[str, jax.Array]) -> dict[str, int]:
+    """One for each array, the same on any number of devices and processes."""
+    return processes.sum_over_all({name: _checksum(leaf) for name, leaf in leaves.items()})
+
+
+def _checksum(leaf: jax.Array) -> int:
+    """The share of this process in the sum of all elements, each times an odd number of its own.
+
+    No single flipped bit leaves the sum modulo 2**64 as it was.
+    """
+    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    return sum(_weighted_sum(shard, leaf.shape) for shard in shards) % 2**64
+
+
+def _weighted_sum(shard: Any, shape: tuple[int, ...]) -> int:
+    data = np.ascontiguousarray(shard.data)
+    words = data.view(np.dtype(f"u{min(data.dtype.itemsize, 8)}")).reshape(*data.shape, -1)
+    position, stride = np.arange(words.shape[-1], dtype=np.uint64), words.shape[-1]
+    for part, size in reversed(list(zip(shard.index, shape, strict=True))):
+        rows = np.arange(*part.indices(size)[:2], dtype=np.uint64) * np.uint64(stride)
+        position = np.add.outer(rows, position.ravel())
+        stride *= size
+    odd = (2 * position.ravel() + 1) * np.uint64(0x9E3779B97F4A7C15)
+    return int((words.ravel() * odd).sum(dtype=np.uint64))
+
+
+def _json_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from examples import steps
+from examples import processes, steps
 from examples.compiling import jit
 from examples.data import Dataset
 from examples.errors import UserError
+from examples.layout import Layout
 from examples.streaming import BatchStream, ShardedSource, open_shards
 
 _PROBE_BATCHES = 20  # enough for the statistics of pixels and of BatchNorm
@@ -19,8 +20,8 @@ _PROBE_BATCHES = 20  # enough for the statistics of pixels and of BatchNorm
 class MemoryFeed:
     """Samples that live on the device; the order of each epoch follows from the key alone."""
 
-    def __init__(self, config: Any, dataset: Dataset, replicated: Any):
-        self.samples = jax.device_put(dataset.train, replicated)
+    def __init__(self, config: Any, dataset: Dataset, layout: Layout):
+        self.samples = layout.put_whole(dataset.train)
         count = len(dataset.train["x"])
         if config.batch_size > count:
             raise UserError(
@@ -59,16 +60,22 @@ class MemoryFeed:
 
 
 class StreamFeed:
-    """Batches from the shards in ``data_dir/train``, read ahead in the background."""
+    """Batches from the shards in ``data_dir/train``, read ahead in the background.
+
+    Each of several processes reads its share of every batch.
+    """
 
     stride = 1
 
-    def __init__(self, config: Any, source: ShardedSource, probe: dict[str, np.ndarray]):
+    def __init__(
+        self, config: Any, source: ShardedSource, probe: dict[str, np.ndarray], layout: Layout
+    ):
         for problem in source.left_out:
-            print(f"left out: {problem}", flush=True)
-        self.samples = jax.device_put(probe)
+            processes.say(f"left out: {problem}")
+        self.samples, self._layout = layout.put_whole(probe), layout
+        share = jax.process_index(), jax.process_count()
         self._fusions = config.cpu_fusions
-        self._stream = BatchStream(source, config.batch_size, config.seed)
+        self._stream = BatchStream(source, config.batch_size, config.seed, share=share)
         self.steps_per_epoch = self._stream.steps_per_epoch
 
     def compile(self, update: Callable) -> None:
@@ -76,7 +83,7 @@ class StreamFeed:
 
     def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
         for _ in range(n):
-            state = self._update(state, jax.device_put(next(self._stream)))
+            state = self._update(state, self._layout.put_rows(next(self._stream)))
         return state
 
     def get_state(self) -> dict[str, Any]:

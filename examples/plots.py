@@ -9,6 +9,8 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
+from examples import processes
+from examples.layout import host_copy
 from examples.tasks import Adversarial, Classification, LanguageModel, Task
 
 
@@ -30,12 +32,18 @@ def save_curves(path: Path, history: list[dict[str, float]]) -> None:
 
 def save_progress(workdir: Path, task: Task, params: Any, rest: Any, epoch: int) -> None:
     """What a task shows at each evaluation: a GAN its images, from the same noise each time."""
+    if not processes.is_first():
+        return
+    params, rest = host_copy((params, rest))
     if isinstance(task, Adversarial):
         save_images(workdir / f"generated-{epoch:03d}.png", task, params, rest)
 
 
 def save_results(workdir: Path, task: Task, params: Any, rest: Any, test: Any) -> None:
-    """What a task shows at the end: a confusion matrix, a text, images."""
+    """What a task shows at the end: a confusion matrix, a text."""
+    if not processes.is_first():
+        return
+    params, rest, test = host_copy((params, rest, test))
     if isinstance(task, Classification):
         save_confusion(workdir, task, params, rest, test)
     elif isinstance(task, LanguageModel):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples import plots
+from examples import plots, processes
 from examples.errors import UserError
 from examples.tasks import Task
 
@@ -21,26 +21,27 @@ class Reporter:
 
     A row waits as device arrays until the next one arrives or ``flush`` is called; then it goes to
     ``metrics.jsonl``, to TensorBoard and to standard output. Speed is shown, but is no part of a
-    row: rows depend on the config alone.
+    row: rows depend on the config alone. Only the first of several processes writes.
     """
 
     def __init__(self, workdir: Path, task: Task, history: list[Row], total: int, board: bool):
         self.history, self._task, self._workdir = list(history), task, workdir
         self._pending: tuple[Row, dict[str, Any]] | None = None
+        self._writes, self._board = processes.is_first(), None
         self._log = workdir / "metrics.jsonl"
-        temporary = self._log.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
-        temporary.replace(self._log)
-        self._board = None
-        if board:
+        if self._writes:
+            temporary = self._log.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
+            temporary.replace(self._log)
+        if self._writes and board:
             from tensorboardX import SummaryWriter
 
             last = int(history[-1]["step"]) if history else 0
             self._board = SummaryWriter(str(workdir), purge_step=last + 1)
         columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()]
         self._progress = Progress(
-            *columns, TextColumn("{task.fields[speed]}"), disable=not sys.stdout.isatty(),
-            transient=True,
+            *columns, TextColumn("{task.fields[speed]}"), transient=True,
+            disable=not (self._writes and sys.stdout.isatty()),
         )  # fmt: skip
         self._bar = self._progress.add_task("training", total=total, speed="compiling")
         self._mark: tuple[float, int] | None = None
@@ -73,6 +74,10 @@ class Reporter:
             start = "test_" if suffix else prefix
             row |= {f"{start}{name}{suffix}": value for name, value in metrics.items()}
         self.history.append(row)
+        if self._writes:
+            self._write(row)
+
+    def _write(self, row: Row) -> None:
         try:
             with self._log.open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -94,7 +99,8 @@ class Reporter:
     def finish(self) -> None:
         """Draws the curves."""
         self.flush()
-        plots.save_curves(self._workdir / "curves.png", self.history)
+        if self._writes:
+            plots.save_curves(self._workdir / "curves.png", self.history)
 
 
 def describe(row: Row, speed: float = 0.0) -> str:

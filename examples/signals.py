@@ -1,24 +1,48 @@
 """Ctrl-C and SIGTERM, so that a run can save first."""
 
+import os
 import signal
 from types import FrameType
 from typing import Any
 
+from jax.experimental import multihost_utils
+
+from examples import processes
+
 
 class StopRequest:
-    """Notes Ctrl-C and SIGTERM, so that the loop can save first; a second Ctrl-C stops at once."""
+    """Notes Ctrl-C and SIGTERM, so that the loop can save first; a second Ctrl-C stops at once.
+
+    Among several processes a signal to any of them stops all, after the same step.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._noted = False
+        self._looks = 0
+        self._several = processes.several()
         self._before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # Among several, SIGTERM is caught by jax, which tells the others.
+        handlers = {signal.SIGINT: self._pass_on} if self._several else {}
+        handlers = handlers or {signal.SIGINT: self._note, signal.SIGTERM: self._note}
+        for number, handler in handlers.items():
             try:
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = signal.signal(number, handler)
             except ValueError:  # not in the main thread: signals are somebody else's
                 return
 
+    def requested(self) -> bool:
+        """Whether to stop now; every process must ask equally often."""
+        if self._several and not self._noted:
+            self._looks += 1
+            self._noted = multihost_utils.reached_preemption_sync_point(self._looks)
+        return self._noted
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._noted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restore(self) -> None:

@@ -63,7 +63,9 @@ def make_update(
     def accumulated(params: Any, rest: Any, batch: Batch) -> tuple[Any, Any, Sums]:
         if accumulate == 1:
             return gradients(params, rest, batch)
-        micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        # Each takes every accumulate-th row, so that it is spread over the devices as the batch is.
+        split = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        micro = jax.tree.map(split, batch)
 
         def add(carry: Any, batch: Batch) -> tuple[Any, None]:
             total, rest, totals = carry

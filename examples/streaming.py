@@ -8,6 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from examples import processes
 from examples.errors import UserError
 from examples.shard_writer import write_shards as write_shards
 from examples.shards import ShardedSource as ShardedSource
@@ -25,12 +26,16 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
     Batches, not rows, are shuffled, anew in each epoch: rows that are sorted on disk must be
     shuffled before they are written. The last ``rows % batch_size`` rows are never used.
 
+    Several processes read the same batches together, each its share of consecutive rows; all must
+    call each method alike.
+
     Args:
       source: from ``open_shards``; its ``on_bad`` says what becomes of bad records.
       batch_size: rows in a batch.
       seed: of the order of the batches, 0 to 2**32 - 1.
       num_threads: that read ahead in the background.
       prefetch: batches read ahead; 0 reads in the calling thread.
+      share: (number, count): this process reads part ``number`` of ``count`` equal ones.
     """
 
     def __init__(
@@ -40,17 +45,27 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
         seed: int = 0,
         num_threads: int = 1,
         prefetch: int = 4,
+        share: tuple[int, int] = (0, 1),
     ):
         _check_options(source, batch_size, seed, num_threads, prefetch)
+        if batch_size % share[1]:
+            raise UserError(f"batch_size={batch_size} cannot be split over {share[1]} processes")
         self.steps_per_epoch = source.rows // batch_size
         names = [(shard.x.path.name, shard.stop) for shard in source.shards]
         shards = zlib.crc32(repr(names).encode())
         self._identity = dict(zip(_IDENTITY, (seed, batch_size, source.rows, shards), strict=True))
         self._batches = 0  # handed out so far, over all epochs
-        self._bad = Counter(nan=0, label=0, shard=source.meta.rows - source.rows)
+        whole = source.meta.rows - source.rows if share[0] == 0 else 0
+        self._first = share[0] == 0
+        self._bad = Counter(nan=0, label=0, shard=whole)  # of this process
         # .seed(seed).shuffle() and not .shuffle(seed): that adds the epoch to the seed, and
         # the second epoch of seed 0 would be the first of seed 1.
-        blocks = grain.MapDataset.source(_Blocks(source, batch_size)).seed(seed).shuffle().repeat()
+        blocks = (
+            grain.MapDataset.source(_Blocks(source, batch_size, share))
+            .seed(seed)
+            .shuffle()
+            .repeat()
+        )
         options = grain.ReadOptions(min(num_threads, prefetch), prefetch)
         self._reader: Any = iter(blocks.to_iter_dataset(options))
 
@@ -68,11 +83,11 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
     @property
     def bad_records(self) -> dict[str, int]:
         """Rows found bad so far, each counted once: nan, label, and those of broken shards."""
-        return dict(self._bad)
+        return processes.sum_over_all(dict(self._bad))
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch handed out, as plain JSON values."""
-        state = {"batches": self._batches, "bad": dict(self._bad)}
+        state = {"batches": self._batches, "bad": self.bad_records}
         return {**self._identity, **state, "reader": dict(self._reader.get_state())}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -84,7 +99,8 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
                     f"has {ours}; use the same data and options, or a new workdir"
                 )
         self._reader.set_state(state["reader"])
-        self._batches, self._bad = state["batches"], Counter(state["bad"])
+        self._batches = state["batches"]
+        self._bad = Counter(state["bad"] if self._first else dict.fromkeys(state["bad"], 0))
 
     def close(self) -> None:
         """Ends the background threads."""
@@ -105,10 +121,12 @@ def _check_options(
 
 
 class _Blocks:
-    """The data set as a sequence of whole batches, which is what grain shuffles and reads."""
+    """The data set as a sequence of batches, or shares, which grain shuffles and reads."""
 
-    def __init__(self, source: ShardedSource, batch_size: int):
+    def __init__(self, source: ShardedSource, batch_size: int, share: tuple[int, int]):
         self._source, self._size = source, batch_size
+        self._part = batch_size // share[1]
+        self._offset = share[0] * self._part
 
     def __len__(self) -> int:
         return self._source.rows // self._size
@@ -118,9 +136,9 @@ class _Blocks:
 
         The last is returned, not raised: grain's position is wrong by one after an exception.
         """
-        start = index * self._size
+        start = index * self._size + self._offset
         try:
-            x, y = self._source.read(start, start + self._size)
+            x, y = self._source.read(start, start + self._part)
         except UserError as error:
             return {}, {}, str(error)
         nan, label = _find_bad(x, y, self._source.meta.classes)

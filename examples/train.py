@@ -5,156 +5,150 @@ The same command again goes on from the newest checkpoint, to the same numbers b
 
 import ast
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 import nag_jax
-from examples import data, feeds, optimizer, plots, steps, tasks
-from examples.checkpoints import Checkpoints
+from examples import data, feeds, optimizer, plots, processes, steps, tasks
 from examples.config_check import check
 from examples.errors import UserError
+from examples.layout import Layout
 from examples.reporting import Reporter, Row, describe
+from examples.saving import Saver
 from examples.signals import StopRequest
-from examples.workdir import claim, refuse_other, write_config
+from examples.workdir import claim, write_config
 
 
 class Interrupted(Exception):
     """Raised after a signal, when everything is saved."""
 
 
+class Setup(NamedTuple):
+    """What a config describes, before the first update."""
+
+    task: tasks.Task
+    feed: feeds.MemoryFeed | feeds.StreamFeed
+    test: steps.Batch  # whole on every device
+    optimizer: optimizer.Optimizer
+    state: steps.TrainState
+    total: int  # updates in all
+    layout: Layout
+
+
+def set_up(config: Any) -> Setup:
+    """Reads the data and makes model, optimizer and state on all devices."""
+    layout = Layout(config.devices)
+    if config.dataset == "shards":
+        dataset, source = feeds.open_stream(config)
+        feed = feeds.StreamFeed(config, source, dataset.train, layout)
+    else:
+        dataset = data.load(config)
+        feed = feeds.MemoryFeed(config, dataset, layout)
+    total = config.num_epochs * feed.steps_per_epoch
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    task = tasks.make(config, dataset, init_key)
+    maker = optimizer.make(config, feed.steps_per_epoch, total)
+    state = steps.initial_state(task, maker.transformation, run_key, feed.samples)
+    test = layout.put_whole(dataset.test)
+    return Setup(task, feed, test, maker, layout.put_whole(state), total, layout)
+
+
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
     """Trains as ``config`` says and returns the rows of ``metrics.jsonl``.
 
     ``workdir`` gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, at the end,
-    plots. A run that is finished there is not repeated; an interrupted one goes on.
+    plots. A run that is finished there is not repeated; an interrupted one goes on. Several
+    processes call it alike, with one ``workdir`` that all of them reach.
     """
     check(config)
-    replicated, constrain = over_devices(config)
-    if config.dataset == "shards":
-        dataset, source = feeds.open_stream(config)
-        feed = feeds.StreamFeed(config, source, dataset.train)
-    else:
-        dataset = data.load(config)
-        feed = feeds.MemoryFeed(config, dataset, replicated)
+    task, feed, test, maker, state, total, layout = set_up(config)
     steps_per_epoch = feed.steps_per_epoch
-    total = config.num_epochs * steps_per_epoch
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    task = tasks.make(config, dataset, init_key)
-    maker = optimizer.make(config, steps_per_epoch, total)
-    test = jax.device_put(dataset.test, replicated)
-    state = steps.initial_state(task, maker.transformation, run_key, feed.samples)
-    state = jax.device_put(state, replicated)
 
     workdir = Path(workdir)
     claim(workdir, config)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
+    saver = Saver(workdir, config, task)
     history: list[Row] = []
-    accept = lambda meta: refuse_other(workdir, meta["config"], config)
-    if restored := checkpoints.restore(state, accept):
+    if restored := saver.restore(state):
         state, history = restored.state, restored.meta["history"]
         feed.set_state(restored.meta["data"])
         if restored.step == total and (workdir / "curves.png").exists():  # the last thing drawn
-            print(f"{workdir}: finished before; {describe(history[-1])}")
+            processes.say(f"{workdir}: finished before; {describe(history[-1])}")
             return history
-        print(f"{workdir}: going on from step {restored.step}", flush=True)
-    checkpoints.remove_unfinished()
+        processes.say(f"{workdir}: going on from step {restored.step}")
+    saver.begin()
     write_config(workdir, config)
 
-    update = steps.make_update(task, maker.transformation, config.accumulate, constrain)
-    feed.compile(update)
+    feed.compile(steps.make_update(task, maker.transformation, config.accumulate, layout.constrain))
     evaluate = steps.make_evaluate(task, config.eval_batch_size)
     refresh = steps.make_refresh(task, config.batch_size)
-    best = Checkpoints(workdir / "best", 1) if config.keep_best else None
-    if best is not None and restored is None:
-        best.set_aside(best.steps())  # of a run whose checkpoints are gone
     reporter = Reporter(workdir, task, history, total, config.tensorboard)
-    stop = StopRequest()
-    step = int(state.step)
-    saved = restored.step if restored else None
-
-    def save() -> None:
-        nonlocal saved
-        if step == saved:  # stopped before the next update
-            return
-        reporter.flush()
-        refuse_nonfinite(config, state, step)
-        meta = {"config": config.to_dict(), "history": reporter.history}
-        meta["data"] = feed.get_state()
-        if best is not None:
-            best.wait()  # a checkpoint goes on after the best one before it, never without
-        checkpoints.save(step, state, json.loads(json.dumps(meta)))
-        saved = step
-
-    def save_best() -> None:
-        # There already, or a later one: this run was there before it was killed or damaged.
-        if best is None or any(kept >= step for kept in best.steps()):
-            return
-        reporter.flush()
-        if is_best(task, reporter.history, step):
-            refuse_nonfinite(config, state, step)
-            best.save(step, state, {"row": reporter.history[-1]})
+    stop, step = StopRequest(), int(state.step)
 
     with contextlib.ExitStack() as finally_do:  # all of it, the last first, whatever fails
-        written_to = [checkpoints] if best is None else [checkpoints, best]
-
-        def wait(kind: Any, *_: Any) -> None:
-            if kind is not KeyboardInterrupt:  # that one is in a hurry
-                for written in written_to:
-                    written.wait()
-
         finally_do.callback(stop.restore)
-        finally_do.push(wait)
+        finally_do.push(saver.wait_unless_in_a_hurry)
         finally_do.callback(reporter.close)
         finally_do.callback(feed.close)
-        save_best()  # killed between a checkpoint and its copy
+        saver.save_best(step, state, reporter)  # killed between a checkpoint and its copy
         while step < total:
-            end = next_stop(config, step, steps_per_epoch, total)
-            while step < end and not stop.requested:
+            end, stopping = next_stop(config, step, steps_per_epoch, total), stop.requested()
+            while step < end and not stopping:
                 n = feed.stride or end - step
                 state = feed.advance(state, step, n)
                 step += n
+                stopping = stop.requested()
             reporter.advance(step, config.batch_size)
-            if step < end:
-                save()
-                raise Interrupted(f"stopped at step {step} of {total}")
-            epoch_ends = step % steps_per_epoch == 0
-            evaluating = epoch_ends and step // steps_per_epoch % config.eval_every == 0
-            if evaluating or step == total or (config.log_every and step % config.log_every == 0):
+            now = due(config, step, steps_per_epoch, total) if step == end else Due()
+            if now.row:
                 row = {"step": step, "epoch": step / steps_per_epoch}
                 row |= maker.hyperparameters(step - 1) | feed.counters()
-                sums = {"train_": state.sums}
-                state = state._replace(sums=jax.tree.map(jnp.zeros_like, state.sums))
-                if evaluating or step == total:
+                sums, zeros = (
+                    {"train_": state.sums},
+                    {k: np.zeros(v.shape, v.dtype) for k, v in state.sums.items()},
+                )
+                state = state._replace(sums=layout.put_whole(zeros))
+                if now.evaluation:
                     params = evaluation_params(state)
                     sums["test_"] = evaluate(params, refresh(params, feed.samples), test)
                     sums["params_"] = evaluate(state.params, state.rest, test)
-                    plots.save_progress(
-                        workdir, task, params, state.rest, round(step / steps_per_epoch)
-                    )
+                    epoch = round(step / steps_per_epoch)
+                    plots.save_progress(workdir, task, params, state.rest, epoch)
                 reporter.add(row, sums)
-                if evaluating or step == total:
-                    save_best()
-            if step == total or stop.requested or (
-                step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
-            ):  # fmt: skip
-                save()
-            if stop.requested and step < total:
+            if now.evaluation:
+                saver.save_best(step, state, reporter)
+            if stopping or now.checkpoint:
+                saver.save(step, state, reporter, feed.get_state())
+            if stopping and step < total:
                 raise Interrupted(f"stopped at step {step} of {total}")
-        for written in written_to:
-            written.wait()
+        saver.wait()
         params = evaluation_params(state)
         plots.save_results(workdir, task, params, refresh(params, feed.samples), test)
         reporter.finish()
+        processes.wait_for_all("finished")
     return reporter.history
+
+
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    row: bool = False  # of the log
+    evaluation: bool = False
+    checkpoint: bool = False
+
+
+def due(config: Any, step: int, steps_per_epoch: int, total: int) -> Due:
+    epoch, rest = divmod(step, steps_per_epoch)
+    evaluation = step == total or (rest == 0 and epoch % config.eval_every == 0)
+    row = evaluation or (config.log_every > 0 and step % config.log_every == 0)
+    every = config.checkpoint_every or steps_per_epoch
+    return Due(row, evaluation, step == total or step % every == 0)
 
 
 def evaluation_params(state: steps.TrainState) -> Any:
@@ -178,34 +172,6 @@ def next_stop(config: Any, step: int, steps_per_epoch: int, total: int) -> int:
     return min(total, *(after(period) for period in periods if period))
 
 
-def is_best(task: tasks.Task, history: list[Row], step: int) -> bool:
-    name = f"test_{task.score}"
-    results = [row[name] for row in history if name in row]
-    if not results or history[-1]["step"] != step or name not in history[-1]:
-        return False
-    sign = 1 if task.higher_is_better else -1
-    return len(results) == 1 or sign * results[-1] > max(sign * r for r in results[:-1])
-
-
-def refuse_nonfinite(config: Any, state: steps.TrainState, step: int) -> None:
-    skipped = int(state.skipped)
-    if skipped and config.nonfinite == "stop":
-        raise UserError(
-            f"the loss or its gradient was not finite in {skipped} steps before step {step}; the "
-            f"last checkpoint is from before; try, in another --workdir, a learning rate below "
-            f"{config.learning_rate:g}, --config.clip_norm=1.0, or --config.nonfinite=skip"
-        )
-
-
-def over_devices(config: Any) -> tuple[NamedSharding, Any]:
-    """Where whole arrays go, and what splits a batch over all devices."""
-    devices = jax.devices()[: config.devices or None]
-    mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    constrain = lambda batch: jax.lax.with_sharding_constraint(batch, rows)
-    return NamedSharding(mesh, PartitionSpec()), constrain
-
-
 def parse_flags(arguments: list[str]) -> list[str]:
     """absl's parser, with one line instead of a traceback."""
     logging.set_verbosity(logging.WARNING)
@@ -227,21 +193,38 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
     logging.set_verbosity(logging.FATAL)  # orbax tells of a full disk in a hundred lines
     sys.unraisablehook = lambda unraisable: None  # and tensorstore of what nobody waits for
+    options = flags.FLAGS
     try:
-        train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
+        processes.join(
+            options.coordinator, options.num_processes, options.process_id, options.distributed
+        )
+        train_and_evaluate(options.config, options.workdir)
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        end(f"error: {error}")
     except Interrupted as interrupted:
         sys.exit(f"{interrupted}; saved; the same command goes on from there")
+    except jax.errors.JaxRuntimeError as error:
+        if not processes.several():
+            raise
+        reason = str(error).partition("\n")[0]
+        processes.end_at_once(
+            f"error: process {jax.process_index()} lost the others ({reason}); the same command "
+            "on all of them goes on from the last checkpoint"
+        )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # at once: threads of orbax may still be writing
+        processes.end_at_once("interrupted; the same command goes on from the last checkpoint")
+
+
+def end(message: str) -> None:
+    processes.end_at_once(message) if processes.several() else sys.exit(message)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "File with the run's config.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder for the run's metrics and checkpoints.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are several.")
+    flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    flags.DEFINE_bool("distributed", False, "Ask SLURM, Kubernetes, MPI or the TPU pod for these.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from examples import processes
 from examples.errors import UserError
 
 # May change when a run goes on.
@@ -27,6 +28,9 @@ def claim(workdir: Path, config: Any) -> None:
 
 
 def write_config(workdir: Path, config: Any) -> None:
+    """By the first of several processes."""
+    if not processes.is_first():
+        return
     try:
         temporary = workdir / "config.tmp"
         temporary.write_text(config.to_json(indent=2, sort_keys=True) + "\n")
