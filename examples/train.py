@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> None:
     except Interrupted as interrupted:
         sys.exit(f"{interrupted}; saved; the same command goes on from there")
     except jax.errors.JaxRuntimeError as error:
-        if not processes.several():
+        if not processes.lost_the_others(error):
             raise
         reason = str(error).partition("\n")[0]
         processes.end_at_once(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from examples import data, train
+from examples.checkpoints import Checkpoints
 from examples.errors import UserError
 from examples.streaming import write_shards
 
@@ -185,7 +186,7 @@ def restored(config, workdir):
     template = train.steps.initial_state(
         task, maker.transformation, jax.random.key(0), jax.device_put(dataset.train)
     )
-    checkpoints = train.Checkpoints(workdir / "checkpoints", 3)
+    checkpoints = Checkpoints(workdir / "checkpoints", 3)
     state = checkpoints.restore(template).state
     checkpoints.close()
     return state, dataset, task
