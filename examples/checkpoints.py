@@ -32,7 +32,11 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+        # Barriers of their own: threads of two managers would meet at each other's.
+        barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self._folder.name)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, create=True, multiprocessing_options=barriers
+        )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)  # orbax overlooks a file in its place
             return _Manager(self._folder, options=options)

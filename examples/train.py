@@ -126,6 +126,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
             if stopping or now.checkpoint:
                 saver.save(step, state, reporter, feed.get_state())
             if stopping and step < total:
+                saver.wait()
                 raise Interrupted(f"stopped at step {step} of {total}")
         saver.wait()
         params = evaluation_params(state)
