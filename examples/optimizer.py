@@ -14,18 +14,32 @@ from nag_jax import rules
 
 
 class Optimizer(NamedTuple):
-    """A transformation, and ``hyperparameters(step) -> {name: value}`` of what it schedules."""
+    """A transformation, and ``hyperparameters(step, scale) -> {name: value}`` in use at a step."""
 
     transformation: optax.GradientTransformationExtraArgs
-    hyperparameters: Callable[[int], dict[str, Any]]
+    hyperparameters: Callable[[int, float], dict[str, Any]]
 
 
-def make(config: Any, steps_per_epoch: int, total_steps: int) -> Optimizer:
-    """Builds it; UserError where a value of the config is out of range or unknown."""
+def make(
+    config: Any, steps_per_epoch: int, total_steps: int, rate: optax.Schedule | None = None
+) -> Optimizer:
+    """Builds it; UserError where a value of the config is out of range or unknown.
+
+    ``rate`` takes the place of the config's schedule of the learning rate. With
+    ``config.plateau.patience`` the state holds a factor on it, ``hyperparams["scale"]``.
+    """
+    if config.optimizer.name == "nag_then_sgd" and (rate or config.plateau.patience):
+        raise UserError(
+            "config.optimizer.name=nag_then_sgd has a learning rate of its own, without "
+            "config.find_lr and config.plateau; take nag"
+        )
     try:
-        rate = _learning_rate(config, steps_per_epoch, total_steps)
+        rate = rate or _learning_rate(config, steps_per_epoch, total_steps)
         momentum = _momentum(config, steps_per_epoch, total_steps)
         transformation = _transformation(config, rate, momentum)
+        if config.plateau.patience:
+            scaled = lambda scale: _transformation(config, lambda t: scale * rate(t), momentum)
+            transformation = optax.inject_hyperparams(scaled)(scale=1.0)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
     if config.clip_norm:
@@ -34,9 +48,9 @@ def make(config: Any, steps_per_epoch: int, total_steps: int) -> Optimizer:
     if config.task == "adversarial":
         transformation = _two_players(transformation)
 
-    def hyperparameters(step: int) -> dict[str, Any]:
+    def hyperparameters(step: int, scale: float) -> dict[str, Any]:
         at = lambda value: float(rules.at_step(value, jnp.asarray(step)))
-        return {"learning_rate": at(rate), "momentum": at(momentum)}
+        return {"learning_rate": scale * at(rate), "momentum": at(momentum)}
 
     return Optimizer(transformation, hyperparameters)
 
@@ -48,6 +62,8 @@ def _learning_rate(config: Any, steps_per_epoch: int, total_steps: int) -> optax
         end = max(total_steps, warmup + 1)
         return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, end)
     if config.schedule == "constant":
+        if not warmup:  # optax's would stay at 0
+            return optax.constant_schedule(config.learning_rate)
         return optax.warmup_constant_schedule(0.0, config.learning_rate, warmup)
     raise UserError(f"config.schedule must be one of constant, cosine, got {config.schedule!r}")
 
