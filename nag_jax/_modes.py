@@ -1,0 +1,168 @@
+"""How a batch is divided over devices, and its mean loss and gradient computed, in each mode."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nag_jax import _gradients
+from nag_jax.sharding import place
+
+
+class Devices(NamedTuple):
+    """The devices along one axis of a mesh, and how they are made to work together."""
+
+    mesh: Mesh
+    axis: str
+    mode: str  # "jit", "shard_map" or "pmap"
+    accumulate: int  # micro-batches of a device
+
+    @property
+    def count(self) -> int:
+        return self.mesh.shape[self.axis]
+
+    @property
+    def whole(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def rows(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(self.axis))
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    def sharding(self, x: Any) -> NamedSharding:
+        """Where x is to lie: where it does if that is on the mesh, else whole on every device."""
+        sharding = getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh:
+            return sharding
+        return self.whole
+
+    def put(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, self.sharding(x)), tree)
+
+    def splits(self, params: Any) -> bool:
+        """Whether some of params are split along the axis, as far as can be seen."""
+        if any(self._is_split(p) for p in jax.tree.leaves(params)):
+            if self.mode != "jit":
+                raise ValueError(
+                    f"mode={self.mode!r} needs parameters that are whole along {self.axis!r}, got "
+                    'some that are split; use mode="jit"'
+                )
+            return True
+        return False
+
+    def _is_split(self, x: Any) -> bool:
+        sharding = getattr(jax.typeof(x) if isinstance(x, jax.core.Tracer) else x, "sharding", None)
+        named = isinstance(sharding, NamedSharding)
+        return named and self.axis in jax.tree.leaves(tuple(sharding.spec))
+
+    def divide(self, batch: Any) -> tuple[Any, Any]:
+        """The rows that divide evenly, and the few that are left, None where there are none."""
+        count = _gradients.rows(batch)
+        even = count - count % (self.count * self.accumulate)
+        if self._whole_batch or even == count:
+            return batch, None
+        main = jax.tree.map(lambda x: x[:even], batch) if even else None
+        return main, jax.tree.map(lambda x: x[even:], batch)
+
+    @property
+    def _whole_batch(self) -> bool:
+        return self.mode == "jit" and self.accumulate == 1
+
+    def compile(
+        self, update: Callable[..., Any], params: Any, state: Any, main: Any, extra: Any
+    ) -> Callable[..., Any]:
+        """``update`` with params and state donated, and back where they were."""
+        if self.mode == "pmap":
+            mapped = jax.pmap(
+                lambda _, *arguments: update(*arguments),
+                axis_name=self.axis,
+                in_axes=(0, None, None, 0, None),
+                out_axes=None,
+                devices=list(self.mesh.devices.flat),
+                donate_argnums=(1, 2),
+            )
+            return Pmapped(mapped, self.count)
+        kept = jax.tree.map(self.sharding, (params, state))
+        even = main is not None and _gradients.rows(main) % self.count == 0
+        return jax.jit(
+            update,
+            donate_argnums=(0, 1),
+            in_shardings=(*kept, self.rows if even else self.whole, self.whole),
+            out_shardings=(*kept, self.whole, self.whole),
+        )
+
+    def mean(
+        self,
+        loss: _gradients.Loss,
+        split: bool,
+        params: Any,
+        rest: Any,
+        key: Any,
+        main: Any,
+        extra: Any,
+        gradient: bool = True,
+    ) -> _gradients.Mean:
+        """Of the whole batch, the same on all devices; ``split``: whether params are."""
+        if self._whole_batch:
+            return _gradients.of_whole(loss, params, rest, key, self._spread(main), gradient)
+        if split:
+            return _gradients.of_pieces(
+                loss, params, rest, key, self._interleaved(main), extra, gradient
+            )
+
+        def local(params: Any, rest: Any, key: Any, main: Any, extra: Any) -> _gradients.Mean:
+            micro = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), main)
+            return _gradients.of_pieces(
+                loss, params, rest, key, micro, extra, gradient, self.axis, self.count
+            )
+
+        if self.mode == "pmap":
+            return local(params, rest, key, main, extra)
+        whole, rows = PartitionSpec(), PartitionSpec(self.axis)
+        # Unchecked, gradients are those of each device, whatever collectives the loss has of its
+        # own. Checked, JAX would add them up over devices before this module does.
+        mapped = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(whole, whole, whole, rows, whole),
+            out_specs=whole,
+            axis_names={self.axis},
+            check_vma=False,
+        )
+        return mapped(params, rest, key, main, extra)
+
+    def _spread(self, batch: Any) -> Any:
+        explicit = AxisType.Explicit in self.mesh.axis_types
+        if explicit and _gradients.rows(batch) % self.count:
+            return batch  # only Auto axes divide unevenly
+        return jax.tree.map(lambda x: place(x, self.rows), batch)
+
+    def _interleaved(self, batch: Any) -> Any:
+        """Micro-batches along a new first axis, each with rows of every device."""
+        spread = NamedSharding(self.mesh, PartitionSpec(None, self.axis))
+        cut = lambda x: x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return jax.tree.map(lambda x: place(cut(x), spread), batch)
+
+
+class Pmapped(NamedTuple):
+    """A pmapped step that is called, and lowered, as a jitted one."""
+
+    mapped: Any
+    count: int
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.mapped(*self._stacked(*arguments))
+
+    def lower(self, *arguments: Any) -> Any:
+        return self.mapped.lower(*self._stacked(*arguments))
+
+    def _stacked(self, params: Any, state: Any, main: Any, extra: Any) -> Any:
+        """One more argument along the devices, since the batch may have too few rows for them."""
+        main = jax.tree.map(lambda x: x.reshape(self.count, -1, *x.shape[1:]), main)
+        return np.arange(self.count), params, state, main, extra
