@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -37,13 +38,26 @@ class Devices(NamedTuple):
 
     def sharding(self, x: Any) -> NamedSharding:
         """Where x is to lie: where it does if that is on the mesh, else whole on every device."""
-        sharding = getattr(x, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh:
-            return sharding
-        return self.whole
+        return x.sharding if self._holds(x) else self.whole
 
-    def put(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.device_put(x, self.sharding(x)), tree)
+    def put(self, tree: Any, apart_from: Any = ()) -> Any:
+        """On the mesh, no two leaves in one buffer, none in one of ``apart_from``: all are donated.
+
+        What is on the mesh stays, anything else is copied.
+        """
+        seen = {id(x) for x in jax.tree.leaves(apart_from)}
+
+        def place(x: Any) -> Any:
+            if isinstance(x, jax.Array) and not (self._holds(x) and id(x) not in seen):
+                x = jnp.copy(x)  # device_put alone may share the buffer
+            seen.add(id(x))
+            return jax.device_put(x, self.sharding(x))
+
+        return jax.tree.map(place, tree)
+
+    def _holds(self, x: Any) -> bool:
+        sharding = getattr(x, "sharding", None)
+        return isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
 
     def splits(self, params: Any) -> bool:
         """Whether some of params are split along the axis, as far as can be seen."""
@@ -124,6 +138,9 @@ class Devices(NamedTuple):
 
         if self.mode == "pmap":
             return local(params, rest, key, main, extra)
+        # Explicit axes let nothing be moved silently.
+        main = jax.tree.map(lambda x: place(x, self.rows), main)
+        extra = jax.tree.map(lambda x: place(x, self.whole), extra)
         whole, rows = PartitionSpec(), PartitionSpec(self.axis)
         # Unchecked, gradients are those of each device, whatever collectives the loss has of its
         # own. Checked, JAX would add them up over devices before this module does.

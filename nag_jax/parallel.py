@@ -87,9 +87,10 @@ def train_step(
         rows: ``lambda batch: batch["mask"].sum()`` for padded rows or tokens. Without it a mean of
         means over pieces of different weight is not the mean. None: rows.
 
-    A batch may have any number of rows: what cannot be divided evenly over devices and micro-batches
-    is computed by every device, and counts once. Arrays are put on the mesh as needed; of several
-    processes each passes the global ``jax.Array`` (``jax.make_array_from_process_local_data``).
+    A batch may have any number of rows: those that cannot be divided evenly over devices and
+    micro-batches are computed by every device, and count once. Arrays are put on the mesh as
+    needed; of several processes each passes global arrays
+    (``jax.make_array_from_process_local_data``).
 
     Returns:
       A :class:`TrainStep`. Make the state by ``step.init(params)``. ``metrics`` has ``loss``,
@@ -162,10 +163,10 @@ class TrainStep:
           model_state: what the model changes by itself, such as BatchNorm statistics.
           rng: a key of ``jax.random``; step, device and micro-batch are folded into it.
         """
-        opt_state = self._optimizer.init(self._devices.put(params))
-        zero = lambda: jnp.zeros([], jnp.int32)
-        given = jax.tree.map(jnp.copy, (model_state, rng))  # since they will be donated
-        return self._devices.put(StepState(opt_state, *given, zero(), zero(), zero()))
+        placed = self._devices.put(params)
+        opt_state, zero = self._optimizer.init(placed), jnp.zeros([], jnp.int32)
+        state = StepState(opt_state, model_state, rng, zero, zero, zero)
+        return self._devices.put(state, apart_from=(params, placed, model_state, rng))
 
     def __call__(self, params: Any, state: StepState, batch: Any) -> tuple[Any, StepState, Any]:
         if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, state, batch))):
@@ -212,6 +213,7 @@ class TrainStep:
         key = split, even, jax.tree.structure(arguments)
         if key not in self._compiled:
             update = functools.partial(self._update, split)
+            arguments[:2] = self._devices.put(arguments[:2])
             self._compiled[key] = self._devices.compile(update, *arguments)
         return self._compiled[key], arguments
 
