@@ -25,7 +25,8 @@ class Loss(NamedTuple):
         """``(loss, (rest, aux))``."""
         given = {} if rest is None else {"model_state": rest}
         given |= {} if key is None else {"rng": key}
-        out, parts = self.function(params, piece, **given), 1 + self.has_aux + (rest is not None)
+        out: Any = self.function(params, piece, **given)
+        parts = 1 + self.has_aux + (rest is not None)
         if parts > 1 and not (isinstance(out, tuple) and len(out) == 2):
             second = (
                 "aux" if rest is None else "(model_state, aux)" if parts == 3 else "model_state"
@@ -88,8 +89,8 @@ def of_pieces(
         return (wide(weight), *jax.tree.map(weighted, (value, slope, aux))), rest
 
     def add(carry: Any, numbered: Any) -> tuple[Any, None]:
-        total, rest = carry
-        new, rest = sums(rest, *numbered, 1.0)
+        (total, rest), (number, piece) = carry, numbered
+        new, rest = sums(rest, number, piece, 1.0)
         return (jax.tree.map(jnp.add, total, new), rest), None
 
     total, count = None, rows(micro) if jax.tree.leaves(micro) else 0

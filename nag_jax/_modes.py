@@ -1,18 +1,21 @@
 """How a batch is divided over devices, and its mean loss and gradient computed, in each mode."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nag_jax import _gradients
 from nag_jax.sharding import place
 
 
-class Devices(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Devices:
     """The devices along one axis of a mesh, and how they are made to work together."""
 
     mesh: Mesh
@@ -71,7 +74,7 @@ class Devices(NamedTuple):
         return False
 
     def _is_split(self, x: Any) -> bool:
-        sharding = getattr(jax.typeof(x) if isinstance(x, jax.core.Tracer) else x, "sharding", None)
+        sharding = getattr(jax.typeof(x) if isinstance(x, Tracer) else x, "sharding", None)
         named = isinstance(sharding, NamedSharding)
         return named and self.axis in jax.tree.leaves(tuple(sharding.spec))
 
@@ -171,7 +174,7 @@ class Pmapped(NamedTuple):
     """A pmapped step that is called, and lowered, as a jitted one."""
 
     mapped: Any
-    count: int
+    devices: int
 
     def __call__(self, *arguments: Any) -> Any:
         return self.mapped(*self._stacked(*arguments))
@@ -181,5 +184,5 @@ class Pmapped(NamedTuple):
 
     def _stacked(self, params: Any, state: Any, main: Any, extra: Any) -> Any:
         """One more argument along the devices, since the batch may have too few rows for them."""
-        main = jax.tree.map(lambda x: x.reshape(self.count, -1, *x.shape[1:]), main)
-        return np.arange(self.count), params, state, main, extra
+        main = jax.tree.map(lambda x: x.reshape(self.devices, -1, *x.shape[1:]), main)
+        return np.arange(self.devices), params, state, main, extra

@@ -4,6 +4,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -27,8 +28,10 @@ def zero1(
     those of ``optimizer``. A leaf is split along its first dimension that N divides.
 
     It wraps whole optimizers (clipping included), outside of ``shard_map`` and ``pmap``: in
-    ``jax.jit``, in a scan, in ``train_step`` with mode "jit" or "shard_map". Parameters that are
-    themselves split over devices (FSDP) do not need it: state follows them.
+    ``jax.jit``, in a scan, in ``train_step`` with mode "jit" or "shard_map". Under Auto axes give
+    the jit around a scan of your own ``out_shardings``: XLA is else free to return parameters
+    split, whatever they were inside. Parameters that are themselves split over devices (FSDP) do
+    not need zero1: state follows them.
 
     Args:
       optimizer: any gradient transformation.
@@ -119,7 +122,7 @@ def replicas_in_sync(tree: Any) -> bool:
     """
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
     arrays = [
-        jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
         for x in arrays
     ]
     position = {device: number for number, device in enumerate(jax.devices())}
