@@ -28,11 +28,12 @@ class Loss(NamedTuple):
         out: Any = self.function(params, piece, **given)
         parts = 1 + self.has_aux + (rest is not None)
         if parts > 1 and not (isinstance(out, tuple) and len(out) == 2):
-            second = (
-                "aux" if rest is None else "(model_state, aux)" if parts == 3 else "model_state"
+            wanted = (
+                "(model_state, aux)" if parts == 3 else "aux" if rest is None else "model_state"
             )
-            raise ValueError(f"loss_fn must return (loss, {second}) here, got {type(out).__name__}")
-        loss, second = out if parts > 1 else (out, ())
+            raise ValueError(f"loss_fn must return (loss, {wanted}) here, got {type(out).__name__}")
+        loss: Any = out[0] if parts > 1 else out
+        second: Any = out[1] if parts > 1 else ()
         if jnp.shape(loss) != ():
             raise ValueError(
                 "loss_fn must return a scalar, the mean over the rows of its batch, got shape "

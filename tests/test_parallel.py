@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import chex
 import jax
@@ -371,6 +372,44 @@ def test_gradients_of_value_fn_are_right(mode):
         params = optax.apply_updates(params, updates)
     actual, _, _ = run(step, start(), [batch] * 5)
     chex.assert_trees_all_close(actual, params, rtol=1e-3, atol=1e-4)
+
+
+def wrong_gradients():
+    """The table of docs/many_devices.md: for each body of a step, what it gives in each mapping."""
+    page = (Path(__file__).parent.parent / "docs" / "many_devices.md").read_text()
+    table = page.split("| body of the step |")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_gradients_of_steps_by_hand_are_what_the_page_says():
+    pmean = lambda x: jax.lax.pmean(x, "data")
+    value = lambda p, x: jnp.mean(x * p**2)
+    cast = getattr(jax.lax, "pcast", None)
+    varying = lambda p: cast(p, "data", to="varying") if cast else jax.lax.pvary(p, "data")
+    bodies = [
+        lambda p, x: pmean(jax.grad(value)(p, x)),
+        lambda p, x: jax.grad(lambda p: pmean(value(p, x)))(p),
+        lambda p, x: pmean(jax.grad(value)(varying(p), x)),
+        lambda p, x: jax.grad(value)(p, x),
+    ]
+    p, x = jnp.float32(3), np.linspace(0.1, 2, 64, dtype=np.float32)
+    right = jax.grad(value)(p, x)
+    mapped = lambda body, check: jax.shard_map(
+        body, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P(), check_vma=check
+    )(p, x)
+    for body, (name, *cells) in zip(bodies, wrong_gradients(), strict=True):
+        results = (
+            mapped(body, True),
+            mapped(body, False),
+            jax.pmap(body, axis_name="data", in_axes=(None, 0), out_axes=None)(p, x.reshape(8, 8)),
+        )
+        for result, cell in zip(results, cells, strict=True):
+            if cell == "differs by device":
+                assert not nag_jax.replicas_in_sync(result), name
+            else:
+                times = {"right": 1, "8 times": 8}[cell]
+                np.testing.assert_allclose(result / right, times, rtol=1e-5, err_msg=name)
+                assert nag_jax.replicas_in_sync(result)
 
 
 @pytest.mark.parametrize(
