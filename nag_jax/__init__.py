@@ -11,9 +11,14 @@ from nag_jax.monotone import monotone_fista as monotone_fista
 from nag_jax.optimizers import from_optax as from_optax
 from nag_jax.optimizers import nag as nag
 from nag_jax.optimizers import nag_then_sgd as nag_then_sgd
+from nag_jax.parallel import StepState as StepState
+from nag_jax.parallel import TrainStep as TrainStep
+from nag_jax.parallel import train_step as train_step
 from nag_jax.recipes import fista as fista
 from nag_jax.recipes import ogm as ogm
 from nag_jax.recipes import tmm as tmm
+from nag_jax.sharding import replicas_in_sync as replicas_in_sync
+from nag_jax.sharding import zero1 as zero1
 from nag_jax.solve import Reason as Reason
 from nag_jax.solve import Result as Result
 from nag_jax.solve import largest_curvature as largest_curvature
