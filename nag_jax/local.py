@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from nag_jax._arithmetic import map_gradients, wide
+from nag_jax._arithmetic import map_gradients, varying_axes, wide
 from nag_jax._checks import check_dtype
 from nag_jax.kernel import OuterState
 
@@ -219,8 +219,7 @@ def _copy(p: Any, slow_dtype: Any) -> Any:
 def _like(new: Any, old: jax.Array) -> jax.Array:
     """``new`` in the dtype of ``old``, and varying over the same axes of a ``shard_map``."""
     new = jnp.asarray(new, old.dtype)
-    axes = lambda x: getattr(jax.typeof(x), "vma", frozenset())
-    missing = tuple(axes(old) - axes(new))
+    missing = tuple(varying_axes(old) - varying_axes(new))
     if not missing:
         return new
     if hasattr(jax.lax, "pcast"):
