@@ -222,6 +222,7 @@ def _like(new: Any, old: jax.Array) -> jax.Array:
     missing = tuple(varying_axes(old) - varying_axes(new))
     if not missing:
         return new
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(new, missing, to="varying")
-    return jax.lax.pvary(new, missing)  # before jax 0.8
+    lax: Any = jax.lax  # pcast came with jax 0.8 in place of pvary
+    return (
+        lax.pcast(new, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(new, missing)
+    )

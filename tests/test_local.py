@@ -293,10 +293,8 @@ def test_shard_map_proves_that_the_slow_copy_is_replicated():
     step = jax.jit(sharded(step_of(optimizer), 8, specs, specs[:2]))
     params = start
     for _ in range(7):
-        params, state = jax.block_until_ready(step(params, state, curvature, target))
-    stacked = run(
-        over_workers(step_of(optimizer), "shard_map", 8), optimizer, 7, start, curvature, target
-    )
+        params, state = jax.block_until_ready(step(params, state, *data))
+    stacked = run(over_workers(step_of(optimizer), "shard_map", 8), optimizer, 7, start, *data)
     np.testing.assert_allclose(params, stacked[-1][0], rtol=1e-6)
     np.testing.assert_allclose(state.slow, stacked[-1][1].slow[0], rtol=1e-6)
     alone = nag_jax.snoo(nag_jax.nag(0.2, 0.9), every=3)
