@@ -121,7 +121,8 @@ def run(config: Any, dataset: data.Dataset, every: int, learning_rate: float) ->
     params, opt_state = jax.tree.map(lambda x: x[0], jax.device_get(state))
     evaluate = steps.make_evaluate(task, config.eval_batch_size)
     test = jax.device_put(dataset.test)
-    loss = lambda params: task.summarize(jax.device_get(evaluate(params, task.rest, test)))["loss"]
+    sums = lambda params: jax.device_get(evaluate(params, task.rest, test))
+    loss = lambda params: float(task.summarize(sums(params))["loss"])
     return Row(
         method="synchronous NAG" if synchronous else "DiLoCo",
         every=every,

@@ -222,7 +222,7 @@ def _like(new: Any, old: jax.Array) -> jax.Array:
     missing = tuple(varying_axes(old) - varying_axes(new))
     if not missing:
         return new
-    lax: Any = jax.lax  # pcast came with jax 0.8 in place of pvary
+    lax: Any = jax.lax  # jax 0.7 has pvary alone
     return (
         lax.pcast(new, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(new, missing)
     )
