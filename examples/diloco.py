@@ -161,8 +161,10 @@ def table(config: Any) -> list[Row]:
     """The synchronous run, then one for each H; each is printed as it ends."""
     dataset, local = data.load(config), config.local
     print(f"{'method':16} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
-    rates, rows = local.learning_rates, []
-    for every, rate in [(0, config.learning_rate), *zip(local.every, rates, strict=True)]:
+    rows = []
+    for every, rate in [(0, config.learning_rate)] + [
+        (h, local.learning_rate) for h in local.every
+    ]:
         rows.append(run(config, dataset, every, rate))
         print("{:16} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
     return rows

@@ -21,7 +21,7 @@ def config(tmp_path):
     config.text_file = str(tmp_path / "text")
     config.model.update(hidden=8, embedding=4, length=16)
     config.update(batch_size=16, eval_batch_size=16, num_epochs=4)
-    config.local.update(every=(1, 4), learning_rates=(0.3, 0.5), outer_momentum=0.5)
+    config.local.update(every=(1, 4), learning_rate=0.5)
     return config
 
 
