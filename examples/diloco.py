@@ -162,9 +162,8 @@ def table(config: Any) -> list[Row]:
     dataset, local = data.load(config), config.local
     print(f"{'method':16} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
     rows = []
-    for every, rate in [(0, config.learning_rate)] + [
-        (h, local.learning_rate) for h in local.every
-    ]:
+    for every in (0, *local.every):
+        rate = local.learning_rate if every else config.learning_rate
         rows.append(run(config, dataset, every, rate))
         print("{:16} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
     return rows
