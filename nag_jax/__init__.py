@@ -5,8 +5,11 @@ from nag_jax import restart as restart
 from nag_jax import rules as rules
 from nag_jax import schedules as schedules
 from nag_jax.kernel import AccelerateState as AccelerateState
+from nag_jax.kernel import OuterState as OuterState
 from nag_jax.kernel import accelerate as accelerate
 from nag_jax.kernel import eval_params as eval_params
+from nag_jax.local import outer as outer
+from nag_jax.local import resynchronize as resynchronize
 from nag_jax.monotone import monotone_fista as monotone_fista
 from nag_jax.optimizers import from_optax as from_optax
 from nag_jax.optimizers import nag as nag
@@ -14,8 +17,11 @@ from nag_jax.optimizers import nag_then_sgd as nag_then_sgd
 from nag_jax.parallel import StepState as StepState
 from nag_jax.parallel import TrainStep as TrainStep
 from nag_jax.parallel import train_step as train_step
+from nag_jax.recipes import diloco as diloco
 from nag_jax.recipes import fista as fista
+from nag_jax.recipes import lookahead as lookahead
 from nag_jax.recipes import ogm as ogm
+from nag_jax.recipes import snoo as snoo
 from nag_jax.recipes import tmm as tmm
 from nag_jax.sharding import replicas_in_sync as replicas_in_sync
 from nag_jax.sharding import zero1 as zero1

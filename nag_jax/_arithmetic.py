@@ -18,6 +18,14 @@ def real_like(scalar: Any, like: jax.Array) -> jax.Array:
     return jnp.asarray(scalar, jnp.finfo(jnp.promote_types(like.dtype, jnp.float32)).dtype)
 
 
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The axes of a checked ``shard_map`` over which ``x`` may differ; empty outside of one."""
+    aval = jax.typeof(x)
+    # jax 0.7 says it in the first attribute, 0.10 in the second.
+    axes = getattr(aval, "vma", None) or getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(axes, "varying", axes) or ())
+
+
 def map_gradients(function: Callable[..., Any], *trees: Any) -> Any:
     """``jax.tree.map`` that keeps a None of the first tree, whatever the others hold there."""
     return jax.tree.map(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nag_jax._arithmetic import map_gradients, wide
+from nag_jax._arithmetic import map_gradients, varying_axes, wide
 from nag_jax._rule import Coefficients
 
 
@@ -77,7 +77,7 @@ def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     terms = [jnp.sum((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
-    varying = [frozenset(getattr(jax.typeof(x), "vma", ())) & set(axes) for x in terms]
+    varying = [varying_axes(x) & set(axes) for x in terms]
     total = jnp.zeros([], float)
     for term, vary in zip(terms, varying, strict=True):
         over = tuple(vary) if any(varying) else axes

@@ -357,3 +357,32 @@ def fista_backtracking(
         y = x + (t - 1) / ((1 + np.sqrt(1 + 4 * before**2 * lr_before / lr)) / 2) * v
         trace.append((y, x, lr, certificate, "step"))
     return trace
+
+
+def diloco(
+    gradients, start, steps, *, every, learning_rate, momentum, rate, betas, weight_decay, eps=1e-8
+):
+    """Douillard et al. 2023, algorithm 1: AdamW inside, PyTorch's SGD(nesterov=True) outside.
+
+    Returns the workers' parameters and the shared ones after each step.
+    """
+    shared = np.array(start, dtype=np.float64)
+    buffer, count = np.zeros_like(shared), len(gradients)
+    local = np.stack([shared] * count)
+    first, second = np.zeros_like(local), np.zeros_like(local)
+    locals_, shareds = [local.copy()], [shared]
+    for t in range(1, steps + 1):
+        for i in range(count):
+            g = gradients[i](local[i])
+            first[i] = betas[0] * first[i] + (1 - betas[0]) * g
+            second[i] = betas[1] * second[i] + (1 - betas[1]) * g**2
+            m, v = first[i] / (1 - betas[0] ** t), second[i] / (1 - betas[1] ** t)
+            local[i] -= rate * (m / (np.sqrt(v) + eps) + weight_decay * local[i])
+        if t % every == 0:
+            delta = np.mean([shared - local[i] for i in range(count)], axis=0)
+            buffer = momentum * buffer + delta
+            shared = shared - learning_rate * (delta + momentum * buffer)
+            local[:] = shared
+        locals_.append(local.copy())
+        shareds.append(shared)
+    return np.stack(locals_), np.stack(shareds)
