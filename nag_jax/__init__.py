@@ -11,6 +11,9 @@ from nag_jax.monotone import monotone_fista as monotone_fista
 from nag_jax.optimizers import from_optax as from_optax
 from nag_jax.optimizers import nag as nag
 from nag_jax.optimizers import nag_then_sgd as nag_then_sgd
+from nag_jax.precision import int8_blocks as int8_blocks
+from nag_jax.precision import stochastic_bfloat16 as stochastic_bfloat16
+from nag_jax.precision import stochastic_rounding as stochastic_rounding
 from nag_jax.recipes import fista as fista
 from nag_jax.recipes import ogm as ogm
 from nag_jax.recipes import tmm as tmm
