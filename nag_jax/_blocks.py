@@ -34,8 +34,10 @@ def block_shape(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[i
 
 
 def _divisor(n: int, at_most: int) -> int:
-    """The largest divisor of n that is not above ``at_most``."""
-    return max(d for d in range(1, max(min(n, at_most), 1) + 1) if n % d == 0)
+    """A divisor of n of at most ``at_most``: the largest, or one that XLA handles well near it."""
+    divisors = [d for d in range(1, max(min(n, at_most), 1) + 1) if n % d == 0]
+    even = [d for d in divisors if d % _SLICES == 0 and 2 * d > divisors[-1]]
+    return (even or divisors)[-1]
 
 
 def zero_scales(m: jax.Array, block: tuple[int, ...]) -> jax.Array:
