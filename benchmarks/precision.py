@@ -58,7 +58,7 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         params, state = carry
-        loss = lambda p: task.losses(p, task.rest, batch(index))[0] / len(index)
+        loss = lambda p: mean_loss(task, p, batch(index))
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
@@ -66,9 +66,7 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     def evaluate(carry: Any) -> jax.Array:
         params = nag_jax.eval_params(*carry)
         rows = jnp.arange(len(x) // 10 * 10).reshape(10, -1)
-        return jnp.mean(jax.lax.map(
-            lambda index: task.losses(params, task.rest, batch(index))[0] / index.size, rows
-        ))  # fmt: skip
+        return jnp.mean(jax.lax.map(lambda index: mean_loss(task, params, batch(index)), rows))
 
     params = task.params
     if storage in PARAMS:
@@ -87,8 +85,12 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
         else:
             for row in rows:
                 carry = one(carry, row)
-    samples = 64 if config.task == "language" else 1  # the loss is a sum over characters
-    return float(evaluate(carry)) / samples
+    return float(evaluate(carry))
+
+
+def mean_loss(task: Any, params: Any, batch: Any) -> jax.Array:
+    total, (_, sums) = task.losses(params, task.rest, batch)
+    return total / sums["samples"]
 
 
 def make_optimizer(config: Any, samples: int, seed: int, storage: str) -> Any:
