@@ -18,6 +18,9 @@ from nag_jax.parallel import StepState as StepState
 from nag_jax.parallel import TrainStep as TrainStep
 from nag_jax.parallel import train_step as train_step
 from nag_jax.recipes import diloco as diloco
+from nag_jax.precision import int8_blocks as int8_blocks
+from nag_jax.precision import stochastic_bfloat16 as stochastic_bfloat16
+from nag_jax.precision import stochastic_rounding as stochastic_rounding
 from nag_jax.recipes import fista as fista
 from nag_jax.recipes import lookahead as lookahead
 from nag_jax.recipes import ogm as ogm

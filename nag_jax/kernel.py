@@ -9,20 +9,22 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from nag_jax import _restarting
-from nag_jax._checks import check_dtype
+from nag_jax import _restarting, _storage
+from nag_jax._arithmetic import map_gradients
 from nag_jax.rules import Rule, Scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
+_STEPS_AHEAD = 20_000  # how far a scheduled momentum is looked at for that
 
 
 class AccelerateState(NamedTuple):
     """State of :func:`accelerate`."""
 
-    m: optax.Updates  # like params; dtype of params, or accumulator_dtype
+    m: optax.Updates  # like params; dtype of params, or accumulator_dtype (bfloat16, int8)
     carry: Any  # the rule's scalars
     readout: jax.Array  # shape=(), default float dtype
     restart: Any = ()  # RestartState if there is a restart condition
+    storage: Any = ()  # NoiseState or BlockState if the buffer is stored by stochastic rounding
 
 
 class OuterState(NamedTuple):
@@ -61,15 +63,16 @@ def accelerate(
         How often it fired is in the state: ``optax.tree.get(state, "restarts")``.
       axis_name: inside ``shard_map`` or ``pmap``, the axis or axes over which leaves are sharded,
         for a restart that all devices agree on; None where every device holds all of each leaf.
-      accumulator_dtype: floating dtype of the buffer; default: that of each parameter. Complex
-        parameters keep a complex buffer of at least that precision.
+      accumulator_dtype: floating dtype of the buffer, or a storage such as
+        ``nag_jax.stochastic_bfloat16()`` or ``nag_jax.int8_blocks()``; default: the dtype of
+        each parameter. Complex parameters keep a complex buffer of at least that precision.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its update needs no ``params``, returns the
       dtype of the incoming updates and never changes a shape or dtype of its state.
 
     Raises:
-      ValueError: if accumulator_dtype is not a floating dtype or restart not a function; from
+      ValueError: if accumulator_dtype is no floating dtype or storage, or restart no function; from
         ``init``, if a parameter is neither floating nor complex, or for a restart of a rule
         whose d or l is not 1.
 
@@ -85,21 +88,19 @@ def accelerate(
     ['0.85', '-1.85']
     ['0.90', '-1.90']
     """
-    check_dtype("accumulator_dtype", accumulator_dtype)
+    storage = _storage.choose(accumulator_dtype)
     _restarting.check(restart)
 
     def init(params: optax.Params) -> AccelerateState:
-        m = jax.tree_util.tree_map_with_path(
-            lambda path, p: jnp.zeros_like(p, dtype=_buffer_dtype(path, p, accumulator_dtype)),
-            params,
-        )
+        m, memory = storage.init(params)
+        if not storage.unbiased:
+            _warn_where_momentum_stalls(rule, m)
         carry = rule.init()
-        c = rule.step(carry)[1]
-        _warn_where_momentum_stalls(c.beta, m)
         if restart is not None:
-            _restarting.check_rule(c)
+            _restarting.check_rule(rule.step(carry)[1])
         start = () if restart is None else _restarting.start()
-        return AccelerateState(m=m, carry=carry, readout=jnp.zeros([], float), restart=start)
+        readout = jnp.zeros([], float)
+        return AccelerateState(m=m, carry=carry, readout=readout, restart=start, storage=memory)
 
     def update(
         updates: optax.Updates,
@@ -109,30 +110,27 @@ def accelerate(
     ) -> tuple[optax.Updates, AccelerateState]:
         del params
         carry, c = rule.step(state.carry)
-        memory = state.restart
+        old, seen = _storage.read(state.m, state.storage), state.restart
         if restart is not None:
-            fire, memory = _restarting.decide(
-                restart, memory, updates, state.m, axis_name, extra_args.get("value")
+            fire, seen = _restarting.decide(
+                restart, seen, updates, old, axis_name, extra_args.get("value")
             )
             # No branch and no pass of its own over the buffer: the scalars become those of m' = 0.
             c = c._replace(beta=jnp.where(fire, 0, c.beta), kappa=jnp.where(fire, 0, c.kappa))
             fresh = rule.init() if rule.restart is None else rule.restart(carry)
             carry = jax.tree.map(lambda a, b: jnp.where(fire, a, b), fresh, carry)
-        m = jax.tree.map(
-            lambda u, m: m if u is None else _mix(c.beta, m, c.kappa, u).astype(m.dtype),
-            updates,
-            state.m,
-            is_leaf=_is_none,
-        )
+        new = map_gradients(lambda u, m: _mix(c.beta, m, c.kappa, u), updates, old)
+        m, memory = storage.store(new, state.m, state.storage)
         # From the stored buffer, so that x_eval = params + readout*m holds for rounded ones too.
-        updates = jax.tree.map(
-            lambda u, m: None if u is None else _mix(c.direct, u, c.lookahead, m).astype(u.dtype),
+        updates = map_gradients(
+            lambda u, m: _mix(c.direct, u, c.lookahead, m).astype(u.dtype),
             updates,
-            m,
-            is_leaf=_is_none,
+            _storage.read(m, memory),
         )
         readout = jnp.asarray(c.readout, state.readout.dtype)
-        return updates, AccelerateState(m=m, carry=carry, readout=readout, restart=memory)
+        return updates, AccelerateState(
+            m=m, carry=carry, readout=readout, restart=seen, storage=memory
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -180,7 +178,11 @@ def eval_params(params: Any, opt_state: Any) -> Any:
                 f"opt_state is a stack of {jnp.shape(scalar)} states, as jax.vmap or replication "
                 "makes them; use jax.vmap(nag_jax.eval_params)(params, opt_state)"
             )
-        readout, tree = (None, _outer_iterate(state)) if outer else (scalar, state.m)
+        readout, tree = (
+            (None, _outer_iterate(state))
+            if outer
+            else (scalar, _storage.read(state.m, state.storage))
+        )
         for path, m in jax.tree_util.tree_leaves_with_path(tree):
             if path in offsets:
                 raise ValueError(
@@ -233,30 +235,31 @@ def _mix(a: Scalar, x: jax.Array, b: Scalar, y: jax.Array) -> jax.Array:
     return a * jnp.asarray(x, dtype) + b * jnp.asarray(y, dtype)
 
 
-def _buffer_dtype(path: Any, p: Any, accumulator_dtype: Any) -> Any:
-    dtype = p.dtype if hasattr(p, "dtype") else jnp.result_type(p)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(
-            f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}, but momentum "
-            "needs floating or complex ones; leave it out with optax.masked"
-        )
-    if accumulator_dtype is None:
-        return dtype
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.promote_types(accumulator_dtype, jnp.complex64)
-    return accumulator_dtype
-
-
-def _warn_where_momentum_stalls(beta: Scalar, m: Any) -> None:
+def _warn_where_momentum_stalls(rule: Rule, m: Any) -> None:
     narrow = {leaf.dtype.name for leaf in jax.tree.leaves(m) if leaf.dtype.itemsize < 4}
-    if not narrow or isinstance(beta, Tracer) or float(beta) < _STALLS:
+    largest = _largest_momentum(rule) if narrow else 0.0
+    if isinstance(largest, Tracer) or float(largest) < _STALLS:
         return
     warnings.warn(
-        f"momentum {float(beta):g} in a {' and '.join(sorted(narrow))} buffer stalls below "
-        "its limit: nearest rounding drops small steps; pass accumulator_dtype=jnp.float32",
+        f"momentum {float(largest):.3g} in a {' and '.join(sorted(narrow))} buffer stalls below "
+        "its limit: nearest rounding drops small steps; pass accumulator_dtype=jnp.float32, or "
+        "nag_jax.stochastic_bfloat16(), which needs no more memory",
         stacklevel=3,
     )
 
 
-def _is_none(node: Any) -> bool:
-    return node is None
+def _largest_momentum(rule: Rule) -> Any:
+    """The first momentum that stalls, or that of the last step looked at."""
+    with jax.ensure_compile_time_eval():
+        carry, c = rule.step(rule.init())
+        if isinstance(c.beta, int | float):
+            return c.beta
+
+        def advance(loop: Any) -> Any:
+            k, carry, _ = loop
+            carry, c = rule.step(carry)
+            return k + 1, carry, jnp.asarray(c.beta, float)
+
+        unsettled = lambda loop: (loop[0] < _STEPS_AHEAD) & (loop[2] < _STALLS)
+        start = 0, carry, jnp.asarray(c.beta, float)
+        return jax.lax.while_loop(unsettled, advance, start)[2]

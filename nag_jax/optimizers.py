@@ -59,7 +59,8 @@ def nag(
       decay: "coupled" adds weight_decay*params to the gradient, as PyTorch does, so momentum
         amplifies it to learning_rate*weight_decay/(1 - momentum) a step. "decoupled" shrinks
         params by exactly learning_rate*weight_decay a step, past the momentum.
-      accumulator_dtype: floating dtype of the buffer; None: that of each parameter.
+      accumulator_dtype: floating dtype of the buffer, or a storage that needs less memory, such as
+        ``nag_jax.int8_blocks()``; None: the dtype of each parameter.
 
     ``optax.inject_hyperparams`` takes every callable for a schedule: name accumulator_dtype and a
     callable weight_decay_mask in its static_args.

@@ -36,7 +36,7 @@ def fista(
       prox: of a penalty or constraint, from ``nag_jax.proximal``; None: none.
       restart: "gradient", "value" (update then needs ``value=loss``), "speed", None for never, or
         a condition from ``nag_jax.restart``.
-      accumulator_dtype: floating dtype of the buffer; None: that of each parameter.
+      accumulator_dtype: of the buffer, as in ``accelerate``; None: that of each parameter.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; its update needs ``params`` if there is a prox.
@@ -72,7 +72,10 @@ def fista(
 
 
 def ogm(
-    learning_rate: optax.ScalarOrSchedule, *, restart: Any = "gradient"
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    restart: Any = "gradient",
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimized gradient method with restart: smooth convex problems without a prox.
 
@@ -81,7 +84,7 @@ def ogm(
 
     Args:
       learning_rate: at least 0, best 1/L, or a schedule of the integer step.
-      restart: as in :func:`fista`.
+      restart: as in :func:`fista`; so is accumulator_dtype.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -97,12 +100,15 @@ def ogm(
       optimization, 2017, arXiv:1703.04641.
     """
     check_range("learning_rate", learning_rate, 0.0)
-    return optax.chain(
-        _descent(learning_rate), accelerate(rules.ogm(), restart=_condition(restart))
+    kernel = accelerate(
+        rules.ogm(), restart=_condition(restart), accumulator_dtype=accumulator_dtype
     )
+    return optax.chain(_descent(learning_rate), kernel)
 
 
-def tmm(learning_rate: optax.ScalarOrSchedule, q: Any) -> optax.GradientTransformationExtraArgs:
+def tmm(
+    learning_rate: optax.ScalarOrSchedule, q: Any, *, accumulator_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
     """The triple momentum method: smooth, strongly convex problems of known conditioning.
 
     The fastest of all with constant coefficients, for a learning rate of 1/L or below and a q not
@@ -111,6 +117,7 @@ def tmm(learning_rate: optax.ScalarOrSchedule, q: Any) -> optax.GradientTransfor
     Args:
       learning_rate: at least 0, best 1/L, or a schedule of the integer step.
       q: strong convexity over smoothness, mu/L, in (0, 1].
+      accumulator_dtype: as in :func:`fista`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -125,7 +132,9 @@ def tmm(learning_rate: optax.ScalarOrSchedule, q: Any) -> optax.GradientTransfor
       minimizing strongly convex functions, IEEE Control Systems Letters 2, 2018.
     """
     check_range("learning_rate", learning_rate, 0.0)
-    return optax.chain(_descent(learning_rate), accelerate(rules.tmm(q)))
+    return optax.chain(
+        _descent(learning_rate), accelerate(rules.tmm(q), accumulator_dtype=accumulator_dtype)
+    )
 
 
 def lookahead(

@@ -58,6 +58,22 @@ CASES = {
         dict(learning_rate=0.1, accumulator_dtype=jnp.float32),
         static=("accumulator_dtype",),
     ),
+    "nag stochastic bfloat16": Case(
+        nag_jax.nag, dict(learning_rate=0.1, accumulator_dtype=nag_jax.stochastic_bfloat16())
+    ),
+    "nag sutskever int8": Case(
+        nag_jax.nag,
+        dict(
+            learning_rate=0.1,
+            convention="sutskever",
+            accumulator_dtype=nag_jax.int8_blocks(min_size=1),
+        ),
+    ),
+    "fista int8": Case(
+        nag_jax.fista,
+        dict(learning_rate=0.1, accumulator_dtype=nag_jax.int8_blocks(min_size=1)),
+        static=("prox", "restart"),
+    ),
     "nag_then_sgd": Case(
         nag_jax.nag_then_sgd,
         dict(learning_rate=0.05, switch_step=20, transition_steps=5, sgd_learning_rate=0.1),

@@ -1,0 +1,88 @@
+"""Blocks of a parameter that share one scale: their shape, and the int8 numbers inside them."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_TINY = 1e-37  # a block of a smaller scale is stored as 0: its reciprocal might overflow
+
+_SLICES = 8
+
+
+class BlockState(NamedTuple):
+    """What ``int8_blocks`` adds to the state of ``accelerate``."""
+
+    key: jax.Array  # seed and step, shape=(2,), uint32
+    scales: Any  # like params: float32, one for each block; int8 zeros where m is not int8
+
+
+def block_shape(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[int, ...]:
+    """The lengths of a block along each axis, at most ``block_size`` elements in all.
+
+    Last axes first, as long as they divide the axis. A block never crosses the boundary between
+    two of gcd(axis, shards) equal shards along any axis.
+    """
+    block: list[int] = []
+    room = block_size
+    for length in reversed(shape):
+        block.insert(0, _divisor(length // math.gcd(length, shards), room))
+        room //= block[0]
+    return tuple(block)
+
+
+def _divisor(n: int, at_most: int) -> int:
+    """A divisor of n of at most ``at_most``: the largest, or one that XLA handles well near it."""
+    divisors = [d for d in range(1, max(min(n, at_most), 1) + 1) if n % d == 0]
+    even = [d for d in divisors if d % _SLICES == 0 and 2 * d > divisors[-1]]
+    return (even or divisors)[-1]
+
+
+def zero_scales(m: jax.Array, block: tuple[int, ...]) -> jax.Array:
+    """The scales of a zero buffer, sharded as the buffer is."""
+    return _largest(m, tuple(n // b for n, b in zip(m.shape, block, strict=True)))
+
+
+def rescale(x: jax.Array, scales: jax.Array) -> jax.Array:
+    """The scales that ``x`` needs; those of a leaf that is not int8 as they are."""
+    return _largest(x, scales.shape) / 127 if scales.dtype == jnp.float32 else scales
+
+
+def encode(x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
+    """``x`` in units of its scales, stochastically rounded to int8 by 16 random ``bits``."""
+    inverse = jnp.where(scales > _TINY, 1 / scales, 0)
+    noise = (bits.astype(jnp.float32) + 0.5) / 2**16
+    q = jnp.floor(x.astype(jnp.float32) * _spread(inverse, x.shape) + noise)
+    return jnp.clip(q, -127, 127).astype(jnp.int8)
+
+
+def decode(m: jax.Array, scales: jax.Array) -> jax.Array:
+    """The float32 numbers that ``encode`` stored; ``m`` itself where it is not int8."""
+    if m.dtype != jnp.int8:
+        return m
+    return m.astype(jnp.float32) * _spread(scales, m.shape)
+
+
+def _largest(x: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
+    """Largest magnitude in each block, float32; NaN where there is one."""
+    # Order is that of the bits, also for NaN. XLA on CPU reduces integers several times faster,
+    # and keeps what they are made of out of memory only where a reduction starts from slices.
+    magnitude = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
+    split = magnitude.reshape(_split(x.shape, blocks))
+    slices = _SLICES if x.ndim and split.shape[-1] % _SLICES == 0 else 1
+    folded = functools.reduce(jnp.maximum, jnp.split(split, slices, -1)) if slices > 1 else split
+    largest = jnp.max(folded, axis=tuple(range(1, 2 * x.ndim, 2)))
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The scale of its block for each element."""
+    split = jnp.expand_dims(scales, tuple(range(1, 2 * len(shape), 2)))
+    return jnp.broadcast_to(split, _split(shape, scales.shape)).reshape(shape)
+
+
+def _split(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for total, count in zip(shape, blocks, strict=True)
+                 for n in (count, total // count))  # fmt: skip

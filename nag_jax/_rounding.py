@@ -1,0 +1,66 @@
+"""Stochastic rounding: noise that is a function of (seed, step, leaf, element), and its use."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nag_jax._checks import check_range
+
+
+def start_key(seed: Any) -> jax.Array:
+    """The key of step 0, uint32 [2]: the seed and the step."""
+    return jnp.stack([jnp.asarray(seed, jnp.uint32), jnp.zeros([], jnp.uint32)])
+
+
+def next_key(key: jax.Array) -> jax.Array:
+    """The key of the step after that of ``key``."""
+    return key + jnp.array([0, 1], jnp.uint32)
+
+
+def check_seed(seed: Any) -> None:
+    """Raises ValueError unless ``seed`` is an integer in [0, 2**32), or traced."""
+    if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        raise ValueError("seed must be an integer, got a key; use jax.random.bits(key)")
+    if callable(seed) or (not hasattr(seed, "dtype") and not isinstance(seed, int)):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    check_range("seed", seed, 0, 2**32)
+
+
+def uniform_bits(key: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array:
+    """16 random bits for each element, uint32 of the given shape.
+
+    An integer hash of the element's index, so that it costs a few instructions inside the loop
+    that uses it, and is the same however the array is sharded. jax.random would take longer than
+    the whole step.
+    """
+    seed = _hash(key[0] + jnp.uint32(leaf * 0x9E3779B9 % 2**32))
+    step = _hash(key[1] ^ _hash(~seed))
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) % 2**32
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    return _multiply(index + seed, step) >> 16
+
+
+def _multiply(x: jax.Array, between: Any) -> jax.Array:
+    # The constants are those of C. Wellons, "Prospecting for hash functions", lowbias32.
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = x ^ between
+    return (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    x = _multiply(x, jnp.uint32(0))
+    return x ^ (x >> 16)
+
+
+def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """``x``, float32, moved to one of the two bfloat16 around it, so that the mean is ``x``.
+
+    The result is float32: its conversion to bfloat16 is exact.
+    """
+    raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    moved = jax.lax.bitcast_convert_type((raw + bits) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), moved, x)

@@ -1,0 +1,363 @@
+"""Lean storages reach the limit where nearest rounding does not; bounds, sharding, resuming."""
+
+import functools
+import itertools
+import math
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import nag_jax
+from nag_jax import _blocks, _rounding, rules
+
+INT8 = functools.partial(nag_jax.int8_blocks, min_size=1)
+STORAGES = {"bfloat16": nag_jax.stochastic_bfloat16, "int8": INT8}
+every_storage = pytest.mark.parametrize("make", STORAGES.values(), ids=STORAGES)
+
+
+def buffer(state):
+    """What the kernel computes with, float32, of the one AccelerateState of a tree."""
+    from nag_jax._storage import read
+
+    return jax.tree.map(lambda m: m.astype(jnp.float32), read(state.m, state.storage))
+
+
+def after(kernel, gradient, steps):
+    state = jax.tree.map(jnp.array, kernel.init(gradient))
+    step = lambda state, _: (kernel.update(gradient, state)[1], None)
+    return jax.jit(lambda s: jax.lax.scan(step, s, length=steps)[0])(state)
+
+
+def share_of_limit(storage, momentum, gradient):
+    """Mean of m over its limit g/(1 - momentum), after 10 time constants."""
+    kernel = nag_jax.accelerate(rules.trace(momentum), accumulator_dtype=storage)
+    with warnings.catch_warnings(action="ignore"):
+        state = after(kernel, gradient, round(10 / (1 - momentum)))
+    return float(jnp.mean(buffer(state) / gradient)) * (1 - momentum)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.95, 0.99, 0.995, 0.999])
+def test_constant_gradient_reaches_the_limit_only_with_unbiased_rounding(momentum):
+    gradient = jnp.linspace(0.5, 1.0, 4096)
+    for make in STORAGES.values():
+        assert abs(share_of_limit(make(), momentum, gradient) - 1) < 0.01
+    nearest = share_of_limit(jnp.bfloat16, momentum, gradient)
+    assert nearest < {0.9: 0.985, 0.95: 0.96, 0.99: 0.87, 0.995: 0.75, 0.999: 0.35}[momentum]
+
+
+@every_storage
+@pytest.mark.parametrize("scale", [1e-12, 1e12, 1e-30, 1e30])
+def test_tiny_and_huge_gradients_survive(make, scale):
+    gradient = scale * jnp.linspace(0.5, 1.0, 1024)
+    assert abs(share_of_limit(make(), 0.9, gradient) - 1) < 0.01
+
+
+@pytest.mark.parametrize("outlier", [1e2, 1e4, 1e6])
+def test_an_outlier_moves_its_neighbours_by_less_than_the_stated_bound(outlier):
+    x = jnp.linspace(-1.0, 1.0, 128).at[17].set(outlier)
+    m, scales = jnp.zeros(128, jnp.int8), jnp.zeros(1)
+    scales = _blocks.rescale(x, scales)
+    keys = jnp.stack([jnp.arange(20_000, dtype=jnp.uint32)] * 2, -1)
+    store = lambda key: _blocks.encode(x, scales, _rounding.uniform_bits(key, 0, x.shape))
+    m = jax.jit(jax.vmap(store))(keys)
+    error = np.asarray(m, np.float64) * (outlier / 127) - np.asarray(x, np.float64)
+    assert np.abs(error).max() < outlier / 127 * (1 + 1e-4)
+    assert np.abs(error[:, 17]).max() <= 2e-7 * outlier
+    tolerance = 5 * outlier / 127 / 2 / math.sqrt(len(keys)) + 1e-4 * outlier / 127
+    assert np.abs(error.mean(0)).max() < tolerance
+    nearest = np.round(np.asarray(x) * 127 / outlier)
+    assert np.all(np.delete(nearest, 17) == 0) == (outlier > 300)  # where rounding erases them
+
+
+def test_errors_of_bfloat16_are_bounded_and_unbiased():
+    x = jnp.float32([1.0, 1.001, -3.1415, 1e-30, 6e37, 0.0])
+    keys = jnp.stack([jnp.arange(20_000, dtype=jnp.uint32)] * 2, -1)
+    bits = jax.vmap(lambda key: _rounding.uniform_bits(key, 0, x.shape))(keys)
+    rounded = jax.vmap(_rounding.to_bfloat16, (None, 0))(x, bits)
+    np.testing.assert_array_equal(rounded, rounded.astype(jnp.bfloat16).astype(jnp.float32))
+    exact = np.asarray(x, np.float64)
+    relative = np.asarray(rounded, np.float64) / np.where(exact == 0, 1, exact) - (exact != 0)
+    assert np.abs(relative).max() < 2**-7
+    assert np.abs(relative.mean(0)).max() < 5 * 2**-8 / math.sqrt(len(keys))
+    assert np.all(np.unique(rounded[:, 0]) == 1.0)
+    assert len(np.unique(rounded[:, 1])) == 2
+    special = jnp.float32([jnp.nan, jnp.inf, -jnp.inf])
+    np.testing.assert_array_equal(_rounding.to_bfloat16(special, jnp.uint32([65535] * 3)), special)
+
+
+def test_noise_is_uniform_and_independent_of_step_leaf_and_neighbour():
+    draw = lambda seed, step, leaf: np.asarray(
+        _rounding.uniform_bits(jnp.uint32([seed, step]), leaf, (256, 256)), np.float64
+    )
+    base = draw(0, 0, 0)
+    counts = np.histogram(base, 256, (0, 65536))[0]
+    assert np.sum((counts - 256) ** 2 / 256) < 255 + 5 * math.sqrt(2 * 255)
+    correlation = lambda a, b: abs(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    others = [draw(0, 1, 0), draw(1, 0, 0), draw(0, 0, 1), draw(1, 1, 0)]
+    others += [np.roll(base, 1, 0), np.roll(base, 1, 1), np.roll(base, 128, 0)]
+    assert max(correlation(base, other) for other in others) < 5 / 256
+    sums = sum(draw(0, step, 0) for step in range(64)).ravel()
+    assert np.std(sums) == pytest.approx(65536 * math.sqrt(64 / 12), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((5000, 4096), (1, 128)), ((768, 768), (1, 96)), ((64, 64), (8, 8)), ((784, 10), (14, 5)),
+     ((3, 3, 64, 64), (1, 1, 8, 8)), ((2048, 1000), (1, 125)), ((257, 129), (1, 43)), ((), ())],
+)  # fmt: skip
+def test_blocks_cover_and_never_cross_shards(shape, block):
+    actual = _blocks.block_shape(shape, 128, 8)
+    assert actual == block
+    for length, b in zip(shape, actual, strict=True):
+        assert all(length // n % b == 0 for n in (1, 2, 4, 8) if length % n == 0)
+
+
+def test_bytes_of_the_state():
+    params = {"kernel": jnp.zeros((512, 1024)), "norm": jnp.zeros(1024)}
+    count = 512 * 1024 + 1024
+
+    def per_parameter(storage):
+        state = nag_jax.nag(0.1, accumulator_dtype=storage).init(params)
+        return sum(x.nbytes for x in jax.tree.leaves(state)) / count
+
+    assert per_parameter(None) == pytest.approx(4, rel=1e-4)
+    assert per_parameter(nag_jax.stochastic_bfloat16()) == pytest.approx(2, rel=1e-4)
+    assert per_parameter(nag_jax.int8_blocks()) < 1.05
+    state = nag_jax.nag(0.1, accumulator_dtype=nag_jax.int8_blocks()).init(params)
+    assert state[0].m["kernel"].dtype == jnp.int8
+    assert state[0].m["norm"].dtype == jnp.float32
+
+
+@every_storage
+@pytest.mark.parametrize("axes", [P("data"), P(None, "data")])
+def test_sharded_state_keeps_its_shards_and_its_numbers(make, axes):
+    """ZeRO-1: the buffer lies in eighths, params and gradients are whole on each device."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.linspace(-1.0, 1.0, 64 * 64).reshape(64, 64)}
+    optimizer = nag_jax.nag(0.1, accumulator_dtype=make())
+    specs = optax.tree.map_params(
+        optimizer, lambda _, s: s, optimizer.init(params), {"w": axes},
+        transform_non_params=lambda _: P(),
+    )  # fmt: skip
+    shard = lambda spec: NamedSharding(mesh, spec)
+    placed = jax.device_put(optimizer.init(params), jax.tree.map(shard, specs))
+    whole = jax.device_put(params, shard(P()))
+
+    def step(params, state):
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    sharded = jax.jit(
+        step, out_shardings=(shard(P()), jax.tree.map(shard, specs)), donate_argnums=(0, 1)
+    )
+    text = sharded.lower(whole, placed).compile().as_text()
+    assert "all-reduce" not in text  # the largest of a block is found on its own device
+    single, state = jax.jit(step), optimizer.init(params)
+    for _ in range(5):
+        params, state = single(params, state)
+        whole, placed = sharded(whole, placed)
+    shards = [x.addressable_shards[0].data.size / x.size
+              for x in jax.tree.leaves(placed) if x.ndim == 2]  # fmt: skip
+    assert shards == [1 / 8] * (2 if make is INT8 else 1)
+    chex.assert_trees_all_close(whole, params, rtol=1e-6)
+    assert np.mean(np.asarray(placed[0].m["w"]) == np.asarray(state[0].m["w"])) > 0.999
+    eager = nag_jax.nag(0.1, accumulator_dtype=make()).init(jax.device_put(params, shard(axes)))
+    for x in jax.tree.leaves(eager):
+        assert x.ndim < 2 or x.sharding.is_equivalent_to(shard(axes), 2)
+
+
+@every_storage
+def test_shards_inside_shard_map_hold_their_own_blocks(make):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    optimizer = nag_jax.nag(0.1, accumulator_dtype=make())
+    g = jnp.linspace(-1.0, 1.0, 64 * 16).reshape(64, 16)
+    state = optimizer.init(g)
+    specs = jax.tree.map(lambda x: P("data") if x.ndim == 2 else P(), state)
+    run = jax.shard_map(
+        optimizer.update, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P("data"), specs)
+    )
+    updates, new = jax.jit(run)(g, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    np.testing.assert_allclose(updates, -0.19 * g, atol=0.09 * 2**-6)
+
+
+@every_storage
+def test_resumed_runs_are_bit_identical(make, tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    optimizer, params = nag_jax.nag(0.1, 0.99, accumulator_dtype=make(7)), {"w": jnp.ones((64, 64))}
+    step = jax.jit(lambda p, s: optimizer.update(jax.tree.map(lambda p: jnp.sin(5 * p), p), s, p))
+
+    def advance(params, state, n):
+        for _ in range(n):
+            updates, state = step(params, state)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    middle = advance(params, optimizer.init(params), 5)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "5", middle)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "5", jax.tree.map(jnp.zeros_like, middle))
+    chex.assert_trees_all_equal(advance(*restored, 5), advance(*middle, 5))
+    other = nag_jax.nag(0.1, 0.99, accumulator_dtype=make(8))
+    _, reseeded = other.update(jax.tree.map(jnp.sin, params), other.init(params), params)
+    _, state = optimizer.update(jax.tree.map(jnp.sin, params), optimizer.init(params), params)
+    assert not np.array_equal(reseeded[0].storage.key, state[0].storage.key)
+
+
+@every_storage
+def test_evaluated_iterate_is_exact_and_found_in_wrappers(make):
+    """x' = y + u whatever the rounding, since the update is made from what was stored."""
+    params = {"a": jnp.linspace(-1.0, 1.0, 640).reshape(10, 64), "b": jnp.ones(3)}
+    u = jax.tree.map(lambda p: 0.1 * jnp.sin(9 * p), params)
+    kernel = nag_jax.accelerate(rules.nesterov(0.9), accumulator_dtype=make())
+    for optimizer in (kernel, optax.masked(kernel, {"a": True, "b": False})):
+        update = jax.jit(optimizer.update)
+        updates, state = update(u, optimizer.init(params))
+        x = nag_jax.eval_params(optax.apply_updates(params, updates), state)
+        expected = optax.apply_updates(params, u)
+        chex.assert_trees_all_close(x, expected, rtol=1e-6, atol=1e-6)
+    exact = 0.9 * u["a"]
+    assert not np.array_equal(buffer(update(u, optimizer.init(params))[1].inner_state)["a"], exact)
+
+
+@every_storage
+def test_flax_optimizer_and_vmapped_states(make):
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(32, 64, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, nag_jax.nag(0.1, accumulator_dtype=make()), wrt=nnx.Param)
+    before = jax.tree.map(jnp.array, nnx.state(model, nnx.Param))
+    optimizer.update(model, jax.tree.map(jnp.ones_like, before))
+    x = nag_jax.eval_params(nnx.state(model, nnx.Param), optimizer.opt_state)
+    chex.assert_trees_all_close(x, jax.tree.map(lambda p: p - 0.1, before), rtol=1e-5, atol=1e-6)
+
+
+@every_storage
+def test_restart_empties_the_buffer(make):
+    kernel = nag_jax.accelerate(
+        rules.nesterov(0.9), restart=nag_jax.restart.gradient, accumulator_dtype=make()
+    )
+    u, update = jnp.linspace(0.5, 1.0, 256), jax.jit(kernel.update)
+    _, state = update(u, kernel.init(u))
+    assert np.all(buffer(state) > 0)
+    updates, state = update(-0.01 * u, state)
+    assert optax.tree.get(state, "restarts") == 1
+    np.testing.assert_array_equal(buffer(state), 0)
+    np.testing.assert_allclose(updates, -0.01 * u, rtol=1e-6)
+
+
+@every_storage
+def test_complex_none_and_wide_leaves(make):
+    params = {"c": jnp.ones(8, jnp.complex64), "none": None, "h": jnp.ones(64, jnp.bfloat16)}
+    optimizer = nag_jax.nag(0.1, accumulator_dtype=make())
+    gradients = {"c": (1 + 2j) * params["c"], "none": None, "h": params["h"]}
+    state = optimizer.init(params)
+    assert state[0].m["c"].dtype == jnp.complex64
+    updates, state = optimizer.update(gradients, state, params)
+    np.testing.assert_allclose(updates["c"], -0.19 * gradients["c"], rtol=1e-6)
+    frozen = gradients | {"h": None}
+    updates, new = optimizer.update(frozen, state, params)
+    assert updates["h"] is None
+    np.testing.assert_array_equal(new[0].m["h"], state[0].m["h"])
+
+
+@pytest.mark.usefixtures("x64")
+@every_storage
+def test_float64_parameters(make):
+    params = jnp.linspace(0.5, 1.0, 64, dtype=jnp.float64)
+    optimizer = nag_jax.nag(0.1, accumulator_dtype=make())
+    state = optimizer.init(params)
+    updates, new = optimizer.update(params, state, params)
+    assert updates.dtype == jnp.float64
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
+def test_values_that_are_not_finite_are_seen():
+    for bad, make in itertools.product((jnp.nan, jnp.inf), STORAGES.values()):
+        optimizer = nag_jax.nag(0.1, accumulator_dtype=make())
+        g = jnp.ones(256).at[3].set(bad)
+        updates, state = optimizer.update(g, optimizer.init(g))
+        assert not np.isfinite(updates[3])
+        assert not np.all(np.isfinite(buffer(state[0])))
+        assert np.all(np.isfinite(updates[128:]))
+
+
+def test_bfloat16_parameters_move_by_the_whole_update_in_the_mean():
+    def trained(tail):
+        optimizer = optax.chain(optax.sgd(1e-4), tail)
+
+        def step(carry, _):
+            updates, state = optimizer.update(jnp.ones(16384), carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        carry = jnp.ones(16384, jnp.bfloat16), optimizer.init(jnp.ones(16384, jnp.bfloat16))
+        params, _ = jax.jit(lambda c: jax.lax.scan(step, c, length=2000)[0])(carry)
+        assert params.dtype == jnp.bfloat16
+        return float(jnp.mean(params.astype(jnp.float32)))
+
+    assert trained(optax.identity()) == 1.0
+    assert trained(nag_jax.stochastic_rounding(3)) == pytest.approx(0.8, abs=0.002)
+
+
+def test_rounded_parameters_are_what_apply_updates_lands_on():
+    params = {"h": jnp.linspace(-2.0, 2.0, 999).astype(jnp.bfloat16), "f": jnp.ones(3), "n": None}
+    u = {"h": jnp.linspace(1.0, -0.3, 999) * 0.01, "f": jnp.full(3, 1e-3), "n": None}
+    tail = nag_jax.stochastic_rounding()
+    updates, state = jax.jit(tail.update)(u, tail.init(params), params)
+    new = optax.apply_updates(params, updates)
+    target = params["h"].astype(jnp.float32) + u["h"]
+    wide = params["h"].astype(jnp.float32) + updates["h"]
+    np.testing.assert_array_equal(new["h"].astype(jnp.float32), wide)
+    assert np.all(np.abs(wide - target) <= np.maximum(np.abs(target), np.abs(wide)) * 2**-7)
+    assert np.array_equal(updates["f"], u["f"])
+    again, _ = tail.update(u, state, params)
+    assert not np.array_equal(again["h"], updates["h"])
+
+
+def test_errors():
+    for make in (*STORAGES.values(), nag_jax.stochastic_rounding):
+        with pytest.raises(ValueError, match=r"seed must be an integer, got 0\.5"):
+            make(0.5)
+        with pytest.raises(ValueError, match=r"jax\.random\.bits"):
+            make(jax.random.key(0))
+        with pytest.raises(ValueError, match=r"seed must be in \[0, 4\.29497e\+09\), got -1"):
+            make(-1)
+    with pytest.raises(ValueError, match="block_size must be in"):
+        nag_jax.int8_blocks(block_size=0)
+    with pytest.raises(ValueError, match=r"a storage such as nag_jax\.stochastic_bfloat16"):
+        nag_jax.nag(0.1, accumulator_dtype=jnp.int8)
+    tail = nag_jax.stochastic_rounding()
+    with pytest.raises(ValueError, match="knows bfloat16 only"):
+        tail.init({"a": jnp.ones(2, jnp.float16)})
+    with pytest.raises(ValueError, match="needs params"):
+        tail.update(jnp.ones(2), tail.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "warns"),
+    [(rules.fista(), True), (rules.nesterov(nag_jax.schedules.convex()), True),
+     (rules.trace(nag_jax.schedules.sutskever(0.99)), True),
+     (rules.nesterov(nag_jax.schedules.sutskever(0.97)), False), (rules.nesterov(0.97), False)],
+)  # fmt: skip
+@pytest.mark.parametrize("jitted", [False, True])
+def test_momentum_that_tends_to_one_warns_in_bfloat16(rule, warns, jitted):
+    narrow = jnp.ones(3, jnp.bfloat16)
+
+    def init(storage):
+        kernel = nag_jax.accelerate(rule, accumulator_dtype=storage)
+        return (jax.jit(kernel.init) if jitted else kernel.init)(narrow)
+
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        init(None)
+    assert [("stochastic_bfloat16" in str(w.message)) for w in record] == [True] * warns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        init(jnp.float32), init(nag_jax.stochastic_bfloat16())
