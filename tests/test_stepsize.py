@@ -63,7 +63,7 @@ def test_equals_the_reference(name, restart):
     prox = numpy_prox = None
     if name == "logistic":
         value, numpy_value, gradient, _ = logistic(1e-2)
-        start, steps = np.zeros(20), 120
+        start, steps = np.zeros(20), 80
     else:
         value, gradient, _ = quadratic(100.0)
         numpy_value, start, steps = value, np.zeros(40), 80
@@ -130,7 +130,7 @@ def test_rounding_causes_no_false_failures(shift):
     value = lambda x: (x - solution) @ hessian @ (x - solution) / 2 + jnp.float32(shift)
     _, xs, carries, _ = trajectory(nag_jax.backtracking(), value, jnp.zeros(40), 2000)
     rates = np.asarray(carries.learning_rate)
-    assert np.all((rates > 0.03) & (rates < 1.0))  # L is 10
+    assert np.all((rates > 0.03) & (rates < 3.0))  # L is 10, and 0.1 the least curvature
     assert carries.retries[-1] < 100
     gap = jnp.linalg.norm(hessian @ (xs[-1] - solution))
     assert gap < 1e-4 * jnp.linalg.norm(hessian @ solution)
