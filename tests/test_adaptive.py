@@ -11,7 +11,7 @@ import reference
 from scipy.special import expit
 
 import nag_jax
-from nag_jax import adanag as module
+from nag_jax import adaptive
 
 
 def quadratic(curvatures):
@@ -57,11 +57,11 @@ def test_equals_the_reference(name):
     )
     np.testing.assert_allclose(states.learning_rate[1:], rates, rtol=1e-11)
     # The second call is the first step from the start: the trial is taken back.
-    assert 0 < np.linalg.norm(xs[1] - start)
+    assert np.linalg.norm(xs[1] - start) > 0
     np.testing.assert_allclose(xs[2:], expected[1:], rtol=0, atol=1e-12)
     np.testing.assert_array_equal(states.kernel.carry, np.arange(steps + 1))
     assert np.any(np.diff(rates) > 0)
-    assert np.any(np.diff(rates) < 0)
+    assert np.any(np.diff(rates) < 0) == (name == "logistic")
 
 
 HARD = {
@@ -97,7 +97,7 @@ def test_certificate(name):
 
 
 def test_rounding_gives_no_invalid_curvatures(monkeypatch):
-    """float32 and f* = 1: none of 400 with the guard, every fifth without."""
+    """float32 and f* = 1: none with the guard; about a quarter of those that see any without."""
     curvatures = jnp.logspace(-1, 1, 30)
     value = lambda x: jnp.sum(curvatures * (x - 1) ** 2) / 2 + 1
 
@@ -111,8 +111,9 @@ def test_rounding_gives_no_invalid_curvatures(monkeypatch):
     bad, seen, last = invalid()
     assert (bad, last) == (0, 1.0)
     assert seen > 100
-    monkeypatch.setattr(module, "_ROUNDING", -jnp.inf)
-    assert invalid()[0] > 80
+    monkeypatch.setattr(adaptive, "_ROUNDING", -jnp.inf)
+    bad, seen, _ = invalid()
+    assert bad > 0.15 * (bad + seen)
 
 
 def test_never_grows_beyond_what_is_finite():
