@@ -127,24 +127,20 @@ def adanag(
 
         # The second call steps from where the first one was, by the gradient there.
         g = map_gradients(lambda g, last: jnp.where(second, last, wide(g)), g, last)
-        u = map_gradients(lambda g: -real_like(new_lr, g) * g, g)
-        step, inner = kernel.update(
-            map_gradients(lambda u: jnp.where(first, jnp.zeros_like(u), u), u), state.kernel
-        )
+        rate = jnp.where(first, 0, new_lr)
+        u = map_gradients(lambda g: -real_like(rate, g) * g, g)
+        inner = kernel.update(u, state.kernel)[1]
+        direct = jnp.where(second, lr, 0) - new_lr
         updates = map_gradients(
-            lambda given, u, step, moved: (
-                jnp.where(first, u, step) - jnp.where(second, moved, jnp.zeros_like(moved))
-            ).astype(given.dtype),
+            lambda given, g, m: (real_like(direct, g) * g + wide(m)).astype(given.dtype),
             updates,
-            u,
-            step,
-            moved,
+            g,
+            inner.m,
         )
+        gradient = map_gradients(lambda g, old: g.astype(old.dtype), g, state.gradient)
         return updates, AdaNAGState(
             kernel=inner._replace(carry=jnp.where(first, k, inner.carry)),
-            gradient=filled(
-                map_gradients(lambda g, old: g.astype(old.dtype), g, state.gradient), state.gradient
-            ),
+            gradient=filled(gradient, state.gradient),
             value=jnp.where(second, state.value, value),
             learning_rate=new_lr,
             curvature=curvature,

@@ -192,11 +192,14 @@ def backtracking(
             state.m,
         )
         m = filled(m, state.m)
+        # Without a step m' - m, which is (1 - new_t/t) m'.
+        ahead = jnp.where(ok, 1, 1 - new_t / t)
         updates = map_gradients(
-            lambda g, u, old, new: (jnp.where(ok, wide(u), -wide(old)) + wide(new)).astype(g.dtype),
+            lambda g, u, m: (
+                jnp.where(ok, wide(u), jnp.zeros_like(wide(u))) + real_like(ahead, m) * wide(m)
+            ).astype(g.dtype),
             g,
             u,
-            state.m,
             m,
         )
         carry = BacktrackingState(

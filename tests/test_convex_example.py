@@ -12,6 +12,7 @@ NAMES = (
     "lasso, diabetes",
     "elastic net, diabetes",
     "non-negative, diabetes",
+    "one-class SVM, breast cancer",
     "logistic, breast cancer",
     "logistic, digits",
 )
