@@ -21,6 +21,7 @@ import optax
 
 import nag_jax
 from benchmarks.machine import describe_machine
+from benchmarks.readme import write_section
 from examples import convex
 
 HERE = Path(__file__).parent
@@ -168,14 +169,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(results: dict[str, Any]) -> None:
-    """Replaces what stands between the markers of the benchmark's README."""
-    path, begin, end = HERE / "README.md", "<!-- convergence -->\n", "<!-- /convergence -->"
-    text = path.read_text()
-    before, after = text.split(begin)[0], text.split(end)[1]
-    path.write_text(f"{before}{begin}{table(results)}\n{end}{after}")
-
-
 def main() -> None:
     jaxopt = importlib.import_module("jaxopt")
     jax.config.update("jax_enable_x64", True)
@@ -191,7 +184,7 @@ def main() -> None:
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_readme(results)
+    write_section("convergence", table(results))
     print(table(results))
 
 
