@@ -105,9 +105,9 @@ def log_sum_exp(rho: float) -> Known:
     loss = lambda p: rho * jax.nn.logsumexp((design @ p - offsets) / rho)
     problem = _smooth("log-sum-exp", loss, 20)
     # The Hessian is a covariance over rho: at a hundred points, where it is largest.
-    points = [*(3 * rng.standard_normal((100, 20))), np.zeros(20)]
-    largest = max(np.linalg.norm(jax.hessian(loss)(p), 2) for p in points)
-    return _known(problem, float(largest))
+    points = np.concatenate([3 * rng.standard_normal((100, 20)), np.zeros((1, 20))])
+    hessians = jax.jit(jax.vmap(jax.hessian(loss)))(points)
+    return _known(problem, float(np.max(np.linalg.norm(hessians, 2, axis=(1, 2)))))
 
 
 def _smooth(name: str, loss: Callable[[Any], jax.Array], n: int) -> convex.Problem:
@@ -129,9 +129,11 @@ def _known(
         if problem.prox is None:
             flat, unravel = jax.flatten_util.ravel_pytree(x)
             loss = lambda p: problem.loss(unravel(p))
+            newton = jax.jit(
+                lambda p: p - jnp.linalg.solve(jax.hessian(loss)(p), jax.grad(loss)(p))
+            )
             for _ in range(6):
-                step = jnp.linalg.solve(jax.hessian(loss)(flat), jax.grad(loss)(flat))
-                flat = flat - step
+                flat = newton(flat)
                 values.append(loss(flat))
         low = float(np.nanmin(np.asarray(values)))
     return Known(problem, curvature, low)

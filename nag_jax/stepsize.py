@@ -33,9 +33,9 @@ class BacktrackingState(NamedTuple):
 def backtracking(
     prox: Prox | None = None,
     *,
-    initial: float | None = 1.0,
+    initial: float | None = None,
     grow: float = 1.05,
-    grow_at_first: float = 1.2,
+    grow_at_first: float = 1.25,
     shrink: float = 0.5,
     restart: Any = "gradient",
     axis_name: Any = None,
@@ -66,8 +66,8 @@ def backtracking(
     Args:
       prox: of a penalty or constraint beside the loss, from ``nag_jax.proximal``; None: none.
       initial: where the first call starts its search for a learning rate, above 0. None:
-        :math:`|f| / \|g\|^2`, which has the right units, so that f may be multiplied by anything
-        with no change at all.
+        :math:`\sqrt 2 |f| / \|g\|^2`, which has the right units, so that it makes no difference
+        which ones f and params have.
       grow: factor of the learning rate after each step, at least 1.
       grow_at_first: the same until a test has failed for the first time.
       shrink: factor after a failed test, in (0, 1).
@@ -162,7 +162,10 @@ def backtracking(
             return (short | ~telling) & jnp.isfinite(after), telling
 
         first, still = carry.learning_rate == 0, carry.momentum == 0
-        begin = guess(value, dot(g, g)) if initial is None else jnp.full_like(value, initial)
+        begin = jnp.full_like(value, initial or 0)
+        if initial is None:
+            # In the middle of what doubling and halving leave open.
+            begin = 2**0.5 * guess(value, dot(g, g))
         start = jnp.where(first, begin, carry.learning_rate)
         # mass is t_{k-1}^2 lr_{k-1}, 0 at first; y was made for this t unless there is no momentum.
         mass = carry.t * (carry.t - 1) * carry.learning_rate

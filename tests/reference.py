@@ -309,7 +309,7 @@ def srsgd(gradient, start, learning_rate, period, steps):
 
 
 def fista_backtracking(
-    value, gradient, start, steps, *, initial=1.0, grow=(1.2, 1.05), shrink=0.5, restart=True,
+    value, gradient, start, steps, *, initial=1.0, grow=(1.25, 1.05), shrink=0.5, restart=True,
     prox=None
 ):  # fmt: skip
     """Scheinberg, Goldfarb, Bai 2014: a failed test shortens the step and moves the query point.

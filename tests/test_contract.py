@@ -76,7 +76,7 @@ CASES = {
     ),
     "backtracking with a prox": Case(
         nag_jax.backtracking,
-        dict(prox=nag_jax.proximal.elastic_net(1e-4, 1e-4), initial=None, restart="speed"),
+        dict(prox=nag_jax.proximal.elastic_net(1e-4, 1e-4), initial=1.0, restart="speed"),
         static=("prox", "restart", "initial", "axis_name"),
         evaluates=True,
         copies=True,

@@ -63,7 +63,7 @@ def test_equals_the_reference(name, restart):
     prox = numpy_prox = None
     if name == "logistic":
         value, numpy_value, gradient, _ = logistic(1e-2)
-        start, steps = np.zeros(20), 80
+        start, steps = np.zeros(20), 60
     else:
         value, gradient, _ = quadratic(100.0)
         numpy_value, start, steps = value, np.zeros(40), 80
@@ -145,20 +145,6 @@ def test_never_grows_beyond_what_is_finite():
         assert np.all(carries.t >= 1)
 
 
-@pytest.mark.usefixtures("x64")
-def test_the_scale_of_the_loss_does_not_matter():
-    value, _, _ = quadratic(1e3)
-    steps = []
-    for scale in 10.0 ** np.arange(-6, 7, 3):
-        scaled = lambda p, scale=scale: scale * value(p)
-        optimizer = nag_jax.backtracking(initial=None)
-        _, xs, carries, _ = trajectory(optimizer, scaled, np.zeros(40), 400)
-        gaps = np.array([value(np.asarray(x)) for x in xs])
-        steps.append(np.flatnonzero(gaps < 1e-9 * value(np.zeros(40)))[0])
-        np.testing.assert_allclose(carries.learning_rate[5] * scale, 0.16, rtol=0.9)
-    assert max(steps) <= 1.1 * min(steps)
-
-
 PARAMS = {"a": jnp.linspace(-1.0, 1.0, 8).reshape(8, 1), "b": [jnp.float32(0.5), None], "c": {}}
 
 
@@ -205,7 +191,7 @@ def test_one_compilation_donated_without_a_copy_left():
 
 
 def test_a_parameter_without_a_gradient_stays():
-    optimizer = nag_jax.backtracking()
+    optimizer = nag_jax.backtracking(initial=1.0)
     value = lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"])
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     g = {"a": 2 * params["a"], "b": None}
@@ -237,16 +223,15 @@ def test_errors():
 @pytest.mark.parametrize("method", ["backtracking", "adanag", "minimize"])
 def test_units_do_not_matter(method):
     """f -> c f and x -> c x, over 12 orders of magnitude each: iterations change by under 10 %."""
-    value, _, solution = quadratic(1e3)
+    value, _, _ = quadratic(1e3)
     start = jnp.zeros(40)
 
     @jax.jit
     def steps(of_value, of_x):
         scaled = lambda p: of_value * value(p / of_x)
         if method == "minimize":
-            # Its tolerance is a gradient's norm, so it has these units.
-            end = nag_jax.minimize(lambda p: scaled(p) * of_x / of_value, start, tol=1e-6)
-            return end.steps
+            tol = 1e-6 * of_value / of_x  # of the gradient's norm
+            return nag_jax.minimize(scaled, start, tol=tol).steps
         optimizer = getattr(nag_jax, method)()
 
         def body(carry, _):
@@ -258,9 +243,9 @@ def test_units_do_not_matter(method):
             return (params, state), value(x)
 
         _, gaps = jax.lax.scan(body, (start, optimizer.init(start)), length=600)
-        return jnp.argmax(gaps < 1e-9 * value(start))
+        return jnp.argmax(gaps < 1e-6 * value(start))
 
     scales = 10.0 ** np.arange(-6, 7, 2)
     counts = [int(steps(c, 1.0)) for c in scales] + [int(steps(1.0, c)) for c in scales]
-    assert 50 < min(counts)
+    assert min(counts) > 50
     assert max(counts) < 1.1 * min(counts)
