@@ -4,6 +4,7 @@ from nag_jax import proximal as proximal
 from nag_jax import restart as restart
 from nag_jax import rules as rules
 from nag_jax import schedules as schedules
+from nag_jax.adaptive import adanag as adanag
 from nag_jax.kernel import AccelerateState as AccelerateState
 from nag_jax.kernel import OuterState as OuterState
 from nag_jax.kernel import accelerate as accelerate
@@ -17,10 +18,10 @@ from nag_jax.optimizers import nag_then_sgd as nag_then_sgd
 from nag_jax.parallel import StepState as StepState
 from nag_jax.parallel import TrainStep as TrainStep
 from nag_jax.parallel import train_step as train_step
-from nag_jax.recipes import diloco as diloco
 from nag_jax.precision import int8_blocks as int8_blocks
 from nag_jax.precision import stochastic_bfloat16 as stochastic_bfloat16
 from nag_jax.precision import stochastic_rounding as stochastic_rounding
+from nag_jax.recipes import diloco as diloco
 from nag_jax.recipes import fista as fista
 from nag_jax.recipes import lookahead as lookahead
 from nag_jax.recipes import ogm as ogm

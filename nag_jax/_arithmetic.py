@@ -33,3 +33,13 @@ def map_gradients(function: Callable[..., Any], *trees: Any) -> Any:
         *trees,
         is_leaf=lambda node: node is None,
     )
+
+
+def filled(tree: Any, default: Any) -> Any:
+    """``tree`` with the leaf of ``default`` where it has None."""
+    return jax.tree.map(
+        lambda leaf, other: other if leaf is None else leaf,
+        tree,
+        default,
+        is_leaf=lambda node: node is None,
+    )

@@ -266,11 +266,7 @@ def test_separable_logistic_regression_in_float32():
         rounding = 4 * np.finfo(np.float32).eps * values[:-1]
         assert np.all(np.isfinite(values))
         assert values[-1] < end
-        if tx is known:
-            assert np.all(np.diff(values) <= rounding)
-        else:  # 4 of 10,000 steps rise, by at most 1.5e-6
-            assert np.sum(np.diff(values) > rounding) <= 20
-            assert np.all(values[1:] <= (1 + 5e-6) * np.minimum.accumulate(values[:-1]))
+        assert np.all(np.diff(values) <= rounding)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -289,8 +285,6 @@ def test_no_more_gradients_than_jaxopt_on_the_problems_of_scikit_learn(dtype, x6
     exact = {p.name: p for p in convex.problems()}
     for problem in convex.problems(jnp.dtype(dtype)):
         theirs = counts[problem.name, "jaxopt, line search"]
-        if (problem.name, dtype) == ("elastic net, diabetes", "float32"):
-            theirs += 1  # 10 against 9: the one that is missed
         assert counts[problem.name, "minimize (backtracking)"] <= theirs
         result = minimize(problem.loss, problem.start, prox=problem.prox, tol=0.0, max_steps=theirs)
         objective = exact[problem.name].objective
