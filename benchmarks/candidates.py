@@ -5,12 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax import contrib
 
 import nag_jax
-from nag_jax import rules
 
 
 class Recipe(NamedTuple):
@@ -81,7 +79,9 @@ METHODS: dict[str, Method] = {
 METHODS |= {
     "nag_auto": Method(lambda r, h: nag_jax.nag_auto(), (), nag_jax.eval_params),
     "nag_auto, cosine": Method(
-        lambda r, h: nag_jax.nag_auto(optax.cosine_decay_schedule(1.0, r.total), average=False),
+        lambda r, h: nag_jax.nag_auto(
+            optax.cosine_decay_schedule(1.0, r.total), evaluate="iterate"
+        ),
         (),
         nag_jax.eval_params,
     ),

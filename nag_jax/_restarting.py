@@ -82,6 +82,14 @@ def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
     terms = [jnp.sum((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
-    varying = [frozenset(getattr(jax.typeof(x), "vma", ())) & set(axes) for x in terms]
+    varying = [_varying(x) & set(axes) for x in terms]
     over = [tuple(vary) if any(varying) else axes for vary in varying]
     return [jax.lax.psum(x, axes) if axes else x for x, axes in zip(terms, over, strict=True)]
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which x differs, inside ``shard_map``."""
+    kind = jax.typeof(x)
+    if hasattr(kind, "vma"):  # until jax 0.9
+        return frozenset(kind.vma)
+    return frozenset(getattr(getattr(kind, "manual_axis_type", None), "varying", ()))

@@ -8,7 +8,7 @@ import optax
 
 from nag_jax import rules
 from nag_jax._arithmetic import map_gradients, real_like, wide
-from nag_jax._checks import check_range
+from nag_jax._checks import check_choice, check_range
 from nag_jax._restarting import inner_products
 from nag_jax._rule import at_step, check_momentum
 from nag_jax.averaging import averaged
@@ -16,6 +16,7 @@ from nag_jax.kernel import AccelerateState, accelerate
 
 _FIRST = 0.01  # the first distance, in units of 1 + the norm of the parameters
 _PACE = 10.0  # effective step in units of distance / norm of all gradients
+_GROWTH = 4.0  # the distance grows at most like this power of the sum of squared gradients
 _REACH = 8.0  # how far progress reaches; 2 gives the distance moved where there is no noise
 
 
@@ -35,7 +36,7 @@ def nag_auto(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     momentum: optax.ScalarOrSchedule = 0.9,
     *,
-    average: bool = True,
+    evaluate: str = "average",
     axis_name: Any = None,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,10 +46,11 @@ def nag_auto(
     far, for each leaf of params and for all of them together. With
     :math:`a = \sum_{j<k} \langle \eta_j g_j, y_0 - y_j \rangle` and
     :math:`b = |\sum_{j<k} \eta_j g_j|`, which the kernel's buffer gives without one of its own,
+    and :math:`G_k = \sum_{j \le k} |g_j|^2`,
 
     .. math::
-        d_k = \max(d_{k-1}, 8 a / b), \qquad
-        r_k = 10 (1 - \mu) \frac{d_k}{\sqrt{\sum_{j \le k} |g_j|^2}}, \qquad
+        d_k = \min\bigl(\max(d_{k-1}, 8 a / b), (1 + 4 |g_k|^2 / G_k) d_{k-1}\bigr), \qquad
+        r_k = 10 (1 - \mu) \frac{d_k}{\sqrt{G_k}}, \qquad
         \eta_k = \epsilon \sqrt{r_k^{\mathrm{leaf}} \, r_k^{\mathrm{all}}}
 
     and :math:`d_0 = (1 + |y_0|)/100`. The step :math:`-\eta_k g_k` goes through
@@ -60,9 +62,9 @@ def nag_auto(
       learning_rate: a factor on the steps found, at least 0, or a schedule of it: leave it at 1,
         or give the shape of a schedule, such as ``optax.cosine_decay_schedule(1.0, steps)``.
       momentum: in [0, 1), or a schedule; the steps are scaled to it.
-      average: True lets ``eval_params`` be an average of params (:func:`averaged`), which takes
-        the place of a decay of the learning rate, at the price of a buffer. False: it is the
-        iterate x; meant for a learning rate that decays to 0.
+      evaluate: what ``eval_params`` gives. "average": of params (:func:`averaged`), which takes
+        the place of a decay of the learning rate, at the price of a buffer. "iterate": x, as for
+        ``nag``; meant for a learning rate that decays to 0.
       axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``.
       accumulator_dtype: floating dtype of the momentum; None: that of each parameter.
 
@@ -103,6 +105,7 @@ def nag_auto(
     """
     check_range("learning_rate", learning_rate, 0.0)
     check_momentum(momentum)
+    check_choice("evaluate", evaluate, ("average", "iterate"))
     kernel = accelerate(rules.nesterov(momentum), accumulator_dtype=accumulator_dtype)
 
     def init(params: optax.Params) -> AutoState:
@@ -122,7 +125,7 @@ def nag_auto(
     ) -> tuple[optax.Updates, AutoState]:
         del extra_args
         if params is None:
-            raise ValueError("nag_auto needs params: call optimizer.update(gradients, state, params)")
+            raise ValueError("nag_auto needs params: call update(gradients, state, params)")
         real = state.distance.dtype
         mu = jnp.asarray(at_step(momentum, state.steps), real)
         factor = jnp.asarray(at_step(learning_rate, state.steps), real)
@@ -139,9 +142,11 @@ def nag_auto(
         ahead = lambda d, m: d + real_like(mu / (1 - mu), m) * wide(m)
         rest = jax.tree.map(ahead, moved, state.kernel.m)
         reach = _ratio(_REACH * state.progress, (1 - mu) * jnp.sqrt(dots(rest, rest)))
-        initial = _FIRST * (1 + jnp.sqrt(dots(start, start)))
-        distance = jnp.where(first, initial, jnp.maximum(state.distance, reach))
-        squares = state.squares + dots(g, g)
+        energy = dots(g, g)
+        squares = state.squares + energy
+        growth = 1 + _GROWTH * _ratio(energy, squares)
+        grown = jnp.clip(reach, state.distance, growth * state.distance)
+        distance = jnp.where(first, _FIRST * (1 + jnp.sqrt(dots(start, start))), grown)
         rate = _PACE * (1 - mu) * _ratio(distance, jnp.sqrt(squares))
         rates = factor * jnp.sqrt(rate[:-1] * rate[-1])
 
@@ -150,7 +155,7 @@ def nag_auto(
             lambda g, lr: (-real_like(lr, g) * wide(g)).astype(g.dtype), updates, each
         )
         gains = -rates * dots(g, moved)[:-1]
-        size = jnp.sum(rates**2 * dots(g, g)[:-1])
+        size = jnp.sum(rates**2 * energy[:-1])
         updates, memory = kernel.update(steps, state.kernel)
         return updates, AutoState(
             steps=state.steps + 1,
@@ -158,12 +163,12 @@ def nag_auto(
             distance=distance,
             squares=squares,
             progress=state.progress + jnp.append(gains, jnp.sum(gains)),
-            learning_rate=_ratio(jnp.sqrt(size), jnp.sqrt(dots(g, g)[-1])),
+            learning_rate=jnp.sqrt(_ratio(size, energy[-1])),
             kernel=memory,
         )
 
     optimizer = optax.GradientTransformationExtraArgs(init, update)
-    return averaged(optimizer) if average else optimizer
+    return averaged(optimizer) if evaluate == "average" else optimizer
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:

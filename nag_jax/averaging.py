@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import map_gradients, real_like, wide
+from nag_jax._arithmetic import real_like, wide
 from nag_jax._checks import check_range
 from nag_jax.kernel import AccelerateState
 
@@ -66,9 +66,7 @@ def averaged(
     """
     check_range("power", power, 0.0)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ValueError(
-            f"optimizer must be an optax.GradientTransformation, got {optimizer!r}"
-        )
+        raise ValueError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}")
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> AccelerateState:
@@ -83,15 +81,18 @@ def averaged(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AccelerateState]:
         if params is None:
-            raise ValueError("averaged needs params: call optimizer.update(gradients, state, params)")
+            raise ValueError("averaged needs params: call update(gradients, state, params)")
         steps, memory = state.carry
         updates, memory = inner.update(updates, memory, params, **extra_args)
         keep = steps.astype(float) / (steps + 1 + power)
 
         def follow(u: jax.Array, m: jax.Array, p: jax.Array) -> jax.Array:
-            # What apply_updates makes of it: in low precision params move by less or more than u.
-            moved = wide((p + u).astype(p.dtype)) - wide(p)
-            return (real_like(keep, m) * (wide(m) - moved)).astype(m.dtype)
+            new = wide(p) + wide(u)
+            if p.dtype.itemsize < 4:
+                # Params do not move by u then; XLA would leave out a cast there and back.
+                kind = jnp.finfo(p.dtype)
+                new = jax.lax.reduce_precision(new, kind.nexp, kind.nmant)
+            return (real_like(keep, m) * (wide(m) - (new - wide(p)))).astype(m.dtype)
 
         m = jax.tree.map(
             lambda u, m, p: m if u is None else follow(u, m, p),

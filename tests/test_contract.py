@@ -22,6 +22,10 @@ def clipped(learning_rate, momentum):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(learning_rate), kernel)
 
 
+def averaged(learning_rate):
+    return nag_jax.averaged(nag_jax.nag(learning_rate), power=8.0)
+
+
 class Case(NamedTuple):
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     kwargs: dict[str, Any]
@@ -63,6 +67,9 @@ CASES = {
         dict(learning_rate=HALVING, prox=nag_jax.proximal.elastic_net(1e-4, 1e-4), restart="speed"),
         static=("prox", "restart"),
     ),
+    "nag_auto": Case(nag_jax.nag_auto, dict(learning_rate=1.0)),
+    "nag_auto scheduled": Case(nag_jax.nag_auto, dict(learning_rate=HALVING, evaluate="iterate")),
+    "averaged": Case(averaged, dict(learning_rate=0.1)),
     "clipped": Case(clipped, dict(learning_rate=0.05, momentum=0.5)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
