@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import real_like, wide
+from nag_jax._arithmetic import applied, real_like, wide
 from nag_jax._checks import check_range
 from nag_jax.kernel import AccelerateState
 
@@ -86,14 +86,7 @@ def averaged(
         updates, memory = inner.update(updates, memory, params, **extra_args)
         keep = steps.astype(float) / (steps + 1 + power)
 
-        def follow(u: jax.Array, m: jax.Array, p: jax.Array) -> jax.Array:
-            new = wide(p) + wide(u)
-            if p.dtype.itemsize < 4:
-                # Params do not move by u then; XLA would leave out a cast there and back.
-                kind = jnp.finfo(p.dtype)
-                new = jax.lax.reduce_precision(new, kind.nexp, kind.nmant)
-            return (real_like(keep, m) * (wide(m) - (new - wide(p)))).astype(m.dtype)
-
+        follow = lambda u, m, p: (real_like(keep, m) * (wide(m) - applied(u, p))).astype(m.dtype)
         m = jax.tree.map(
             lambda u, m, p: m if u is None else follow(u, m, p),
             updates, state.m, params, is_leaf=lambda node: node is None,
