@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     # nag | nag_then_sgd | sgd | momentum | nesterov | adam | adamw | nadam | nadamw
+    # or nag_auto, which finds its learning rate: learning_rate and schedule are not used
     config.optimizer.name = "nag"
     config.optimizer.convention = "optax"  # nag: optax | sutskever
     config.optimizer.switch_step = 1000  # nag_then_sgd: the first step of SGD

@@ -111,6 +111,7 @@ def _transformation(
             weight_decay_mask=mask,
             decay=config.decay,
         ),
+        "nag_auto": lambda: optax.chain(l2, nag_jax.nag_auto(momentum=momentum)),
         "sgd": lambda: optax.chain(l2, optax.sgd(rate)),
         "momentum": lambda: optax.chain(l2, optax.sgd(rate, number)),
         "nesterov": lambda: optax.chain(l2, optax.sgd(rate, number, nesterov=True)),

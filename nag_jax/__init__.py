@@ -5,6 +5,8 @@ from nag_jax import restart as restart
 from nag_jax import rules as rules
 from nag_jax import schedules as schedules
 from nag_jax.adaptive import adanag as adanag
+from nag_jax.auto import nag_auto as nag_auto
+from nag_jax.averaging import averaged as averaged
 from nag_jax.kernel import AccelerateState as AccelerateState
 from nag_jax.kernel import OuterState as OuterState
 from nag_jax.kernel import accelerate as accelerate

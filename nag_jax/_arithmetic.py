@@ -43,3 +43,11 @@ def filled(tree: Any, default: Any) -> Any:
         default,
         is_leaf=lambda node: node is None,
     )
+
+
+def applied(u: jax.Array, p: jax.Array) -> jax.Array:
+    """By how much ``optax.apply_updates`` moves ``p``, in float32 at least."""
+    if p.dtype.itemsize >= 4:
+        return wide(u)
+    kind = jnp.finfo(p.dtype)  # XLA would leave out a cast there and back
+    return jax.lax.reduce_precision(wide(p) + wide(u), kind.nexp, kind.nmant) - wide(p)

@@ -73,13 +73,15 @@ def check_rule(c: Coefficients) -> None:
 
 def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     """Real part of <a, b> over all leaves, and over the devices of ``axis_name``, in float32."""
+    return sum(inner_products(a, b, axis_name), jnp.zeros([], float))
+
+
+def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
+    """The same for each leaf by itself."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     terms = [jnp.sum((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [varying_axes(x) & set(axes) for x in terms]
-    total = jnp.zeros([], float)
-    for term, vary in zip(terms, varying, strict=True):
-        over = tuple(vary) if any(varying) else axes
-        total = total + (jax.lax.psum(term, over) if over else term)
-    return total
+    over = [tuple(vary) if any(varying) else axes for vary in varying]
+    return [jax.lax.psum(x, axes) if axes else x for x, axes in zip(terms, over, strict=True)]

@@ -425,3 +425,42 @@ def diloco(
         locals_.append(local.copy())
         shareds.append(shared)
     return np.stack(locals_), np.stack(shareds)
+
+
+def nag_auto(gradients, start, momentum, steps, power=8.0):
+    """Step by step as in the docstring, z and all sums written out; start is a list of leaves.
+
+    ``gradients(k, y)`` gives a list. Returns the params and their averages, steps + 1 rows each.
+    """
+    y, x, average = ([np.array(leaf, float) for leaf in start] for _ in range(3))
+    y0, leaves = [leaf.copy() for leaf in y], len(y)
+    # One row for each leaf, and a last one for all leaves as one vector.
+    groups = [[i] for i in range(leaves)] + [list(range(leaves))]
+    join = lambda trees, group: np.concatenate([np.ravel(trees[i]) for i in group])
+    distance = [0.01 * (1 + np.linalg.norm(join(y0, group))) for group in groups]
+    squares, progress = np.zeros(leaves + 1), np.zeros(leaves + 1)
+    total = [np.zeros_like(leaf) for leaf in y]
+    rows, averages = [y], [average]
+    for k in range(steps):
+        g = gradients(k, y)
+        for j, group in enumerate(groups):
+            gone = np.linalg.norm(join(total, group))
+            energy = np.sum(join(g, group) ** 2)
+            squares[j] += energy
+            if gone > 0:
+                reach = max(distance[j], 8 * progress[j] / gone)
+                distance[j] = min(reach, (1 + 4 * energy / squares[j]) * distance[j])
+        rate = 10 * (1 - momentum) * np.array(distance) / np.sqrt(squares)
+        lr = np.sqrt(rate[:-1] * rate[-1])
+        for i in range(leaves):
+            gain = lr[i] * np.sum(g[i] * (y0[i] - y[i]))
+            progress[i] += gain
+            progress[-1] += gain
+        total = [t + lr[i] * g[i] for i, t in enumerate(total)]
+        x_new = [y[i] - lr[i] * g[i] for i in range(leaves)]
+        y = [new + momentum * (new - old) for new, old in zip(x_new, x, strict=True)]
+        x, weight = x_new, (1 + power) / (k + 1 + power)
+        average = [a + weight * (b - a) for a, b in zip(average, y, strict=True)]
+        rows.append(y)
+        averages.append(average)
+    return rows, averages

@@ -27,6 +27,10 @@ def local(learning_rate, every, slow_dtype=None):
     return nag_jax.snoo(inner, momentum=0.5, every=every, slow_dtype=slow_dtype)
 
 
+def averaged(learning_rate):
+    return nag_jax.averaged(nag_jax.nag(learning_rate), power=8.0)
+
+
 class Case(NamedTuple):
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     kwargs: dict[str, Any]
@@ -95,6 +99,9 @@ CASES = {
         ("every", "slow_dtype"),
         copies_params=True,
     ),
+    "nag_auto": Case(nag_jax.nag_auto, dict(learning_rate=1.0)),
+    "nag_auto scheduled": Case(nag_jax.nag_auto, dict(learning_rate=HALVING, evaluate="iterate")),
+    "averaged": Case(averaged, dict(learning_rate=0.1)),
     "clipped": Case(clipped, dict(learning_rate=0.05, momentum=0.5)),
     "backtracking": Case(
         nag_jax.backtracking,
