@@ -94,7 +94,7 @@ def huber() -> Known:
         return jnp.mean(jnp.where(r <= 0.2, r**2 / 2, 0.2 * (r - 0.1)))
 
     largest = np.linalg.norm(features, 2) ** 2 / 200  # where no residual is large
-    return _known(_smooth("Huber", loss, 50), largest)
+    return _known(_smooth("Huber", loss, 50), float(largest))
 
 
 def log_sum_exp(rho: float) -> Known:

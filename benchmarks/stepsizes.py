@@ -47,7 +47,7 @@ def evaluations(known: problems.Known, optimizer: Any, steps: int = STEPS) -> di
         updates, state = tx.update(g, state, params, value=value, grad=g, value_fn=problem.loss)
         params = optax.apply_updates(params, updates)
         accelerated = optax.tree.get(state, "readout") is not None
-        x = nag_jax.eval_params(params, state) if accelerated else params
+        x: Any = nag_jax.eval_params(params, state) if accelerated else params
         trials = optax.tree.get(state, "num_linesearch_steps")  # each a value and a gradient
         searched = searched + (1 if trials is None else trials)
         new = (problem.objective(x) - known.low <= gaps) & (hits[0] < 0)
@@ -72,8 +72,8 @@ def of_jaxopt(jaxopt: Any, known: problems.Known) -> dict[str, Any]:
         problem.loss, prox, acceleration=True, tol=0, maxiter=STEPS, implicit_diff=False
     )
 
-    def update(g: Any, state: Any, params: Any, **_: Any) -> Any:
-        del g
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del updates, extra_args
         new, state = solver.update(params, state, None)
         return new - params, state
 

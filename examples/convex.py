@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import datasets, linear_model, metrics, svm
+from sklearn import datasets, linear_model, svm
+from sklearn.metrics.pairwise import rbf_kernel
 
 import nag_jax
 from nag_jax import proximal
@@ -85,10 +86,11 @@ def _one_class(dtype: Any, tol: float) -> Problem:
     """The dual of scikit-learn's one-class SVM with nu = 1/n: weights on the simplex."""
     x = _standardized(datasets.load_breast_cancer(return_X_y=True)[0])
     n, gamma = len(x), 0.01
-    kernel = jnp.asarray(metrics.pairwise.rbf_kernel(x, gamma=gamma), dtype)
+    kernel = jnp.asarray(rbf_kernel(x, gamma=gamma), dtype)
 
     def solve() -> np.ndarray:
-        model = svm.OneClassSVM(gamma=gamma, nu=1 / n, tol=1e-12).fit(x)
+        arguments: Any = dict(gamma=gamma, nu=1 / n, tol=1e-12)
+        model = svm.OneClassSVM(**arguments).fit(x)
         weights = np.zeros(n)
         weights[model.support_] = model.dual_coef_[0]
         return weights
@@ -164,7 +166,7 @@ def plot(path: Path, steps: int = 1500) -> None:
 
     problem = next(p for p in problems() if p.name == "logistic, breast cancer")
     lr = 1 / nag_jax.largest_curvature(problem.loss, problem.start)
-    ridge = 1 / len(datasets.load_breast_cancer().target)  # the least curvature
+    ridge = 1 / len(datasets.load_breast_cancer(return_X_y=True)[1])  # the least curvature
     methods = {
         "gradient descent": optax.sgd(lr),
         "optax.sgd(nesterov=True), 0.9": optax.sgd(lr, 0.9, nesterov=True),

@@ -99,7 +99,8 @@ def adanag(
         gradient = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
         )
-        return AdaNAGState(kernel.init(params), gradient, scalar(), scalar(), scalar())
+        start: Any = kernel.init(params)
+        return AdaNAGState(start, gradient, scalar(), scalar(), scalar())
 
     def update(
         updates: optax.Updates,
@@ -129,7 +130,7 @@ def adanag(
         g = map_gradients(lambda g, last: jnp.where(second, last, wide(g)), g, last)
         rate = jnp.where(first, 0, new_lr)
         u = map_gradients(lambda g: -real_like(rate, g) * g, g)
-        inner = kernel.update(u, state.kernel)[1]
+        inner: Any = kernel.update(u, state.kernel)[1]
         direct = jnp.where(second, lr, 0) - new_lr
         updates = map_gradients(
             lambda given, g, m: (real_like(direct, g) * g + wide(m)).astype(given.dtype),

@@ -249,3 +249,21 @@ def test_units_do_not_matter(method):
     counts = [int(steps(c, 1.0)) for c in scales] + [int(steps(1.0, c)) for c in scales]
     assert min(counts) > 50
     assert max(counts) < 1.1 * min(counts)
+
+
+def test_outside_of_jit_nothing_is_compiled_anew():
+    """The search runs as a Python loop there: its values are numbers, and are counted."""
+    traced = []
+
+    def value(p):
+        traced.append(isinstance(p, jax.core.Tracer))
+        return jnp.sum(p**2)
+
+    optimizer, params = nag_jax.backtracking(initial=100.0), jnp.ones(3)
+    state = optimizer.init(params)
+    for _ in range(3):
+        arguments = dict(value=jnp.sum(params**2), value_fn=value)
+        updates, state = optimizer.update(2 * params, state, params, **arguments)
+        params = params + updates
+    assert not any(traced)
+    assert state.carry.values == len(traced) > 8
