@@ -66,7 +66,7 @@ def images() -> Problem:
 
 def text() -> Problem:
     """The GRU recipe with 64 units and windows of 32 characters, 2 epochs."""
-    config = rnn.get_config()
+    config: Any = rnn.get_config()
     with config.unlocked():
         config.model.update(hidden=64, embedding=32, length=32)
         config.num_epochs = 2

@@ -37,24 +37,26 @@ PARAMS = {"bfloat16 params, nearest": optax.identity,
 
 
 def recipes() -> dict[str, Any]:
-    small_cnn, small_gru = cnn.get_config(), rnn.get_config()
+    small_cnn: Any = cnn.get_config()
+    small_gru: Any = rnn.get_config()
     small_cnn.model.channels, small_cnn.model.hidden = (8, 16), 64  # of (32, 64), 128
     small_cnn.augment.flip, small_cnn.augment.shift, small_cnn.augment.zoom = False, 0, 0.0
     small_cnn.num_epochs, small_cnn.train_samples = 6, 6000  # of 10, 60000
     small_gru.model.hidden, small_gru.num_epochs, small_gru.train_samples = 96, 2, 6400
-    whole_mlp = mlp.get_config()
+    whole_mlp: Any = mlp.get_config()
     whole_mlp.train_samples = 0  # all
     return {"mlp": whole_mlp, "cnn": small_cnn, "gru": small_gru}
 
 
 def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     task = tasks.make(config, dataset, jax.random.key(seed))
-    x, y = (jnp.asarray(dataset.train[k]) if k in dataset.train else None for k in ("x", "y"))
+    samples = {name: jnp.asarray(array) for name, array in dataset.train.items()}
     if config.train_samples:
-        chosen = np.random.default_rng(seed).permutation(len(x))[: config.train_samples]
-        x, y = x[chosen], None if y is None else y[chosen]
-    batch = lambda index: {k: v[index] for k, v in (("x", x), ("y", y)) if v is not None}
-    optimizer = make_optimizer(config, len(x), seed, storage)
+        order = np.random.default_rng(seed).permutation(len(samples["x"]))
+        samples = {name: array[order[: config.train_samples]] for name, array in samples.items()}
+    count = len(samples["x"])
+    batch = lambda index: {name: array[index] for name, array in samples.items()}
+    optimizer = make_optimizer(config, count, seed, storage)
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         params, state = carry
@@ -65,7 +67,7 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     @jax.jit
     def evaluate(carry: Any) -> jax.Array:
         params = nag_jax.eval_params(*carry)
-        rows = jnp.arange(len(x) // 10 * 10).reshape(10, -1)
+        rows = jnp.arange(count // 10 * 10).reshape(10, -1)
         return jnp.mean(jax.lax.map(lambda index: mean_loss(task, params, batch(index)), rows))
 
     params = task.params
@@ -78,7 +80,7 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     carry = jax.tree.map(jnp.array, carry)
     generator = np.random.default_rng(seed)
     for _ in range(config.num_epochs):
-        rows = generator.permutation(len(x))[: len(x) // config.batch_size * config.batch_size]
+        rows = generator.permutation(count)[: count // config.batch_size * config.batch_size]
         rows = rows.reshape(-1, config.batch_size)
         if config.scan:
             carry = run(carry, rows)
@@ -119,7 +121,7 @@ def bytes_per_parameter(shapes: list[tuple[int, ...]], storage: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Final losses and bytes of lean momentum.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=["mlp", "cnn", "gru"])
     arguments = parser.parse_args()

@@ -101,9 +101,9 @@ def wait_for_first_failure(children: list[subprocess.Popen[str]]) -> int | None:
     """The number of the first that fails, of several one that was killed; None if all end well."""
     while True:
         codes = [child.poll() for child in children]
-        failed = [number for number, code in enumerate(codes) if code]
+        failed = [(code, number) for number, code in enumerate(codes) if code]
         if failed:  # the others follow a killed one within milliseconds
-            return min(failed, key=lambda number: codes[number])
+            return min(failed)[1]
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.05)
