@@ -25,14 +25,14 @@ from configs import cnn, mlp, rnn
 from examples import data, tasks
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
-STORAGES = {
+STORAGES: dict[str, Any] = {
     "float32": lambda seed: jnp.float32,
     "bfloat16, nearest": lambda seed: jnp.bfloat16,
     "stochastic_bfloat16": nag_jax.stochastic_bfloat16,
     "int8_blocks": nag_jax.int8_blocks,
 }
 # Momentum in float32; the parameters are rounded at each step.
-PARAMS = {"bfloat16 params, nearest": optax.identity,
+PARAMS: dict[str, Any] = {"bfloat16 params, nearest": optax.identity,
           "bfloat16 params, stochastic_rounding": nag_jax.stochastic_rounding}  # fmt: skip
 
 
@@ -49,12 +49,11 @@ def recipes() -> dict[str, Any]:
 
 def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     task = tasks.make(config, dataset, jax.random.key(seed))
-    x, y = (jnp.asarray(dataset.train[k]) if k in dataset.train else None for k in ("x", "y"))
-    if config.train_samples:
-        chosen = np.random.default_rng(seed).permutation(len(x))[: config.train_samples]
-        x, y = x[chosen], None if y is None else y[chosen]
-    batch = lambda index: {k: v[index] for k, v in (("x", x), ("y", y)) if v is not None}
-    optimizer = make_optimizer(config, len(x), seed, storage)
+    count = len(dataset.train["x"])
+    chosen = np.random.default_rng(seed).permutation(count)[: config.train_samples or None]
+    arrays: Any = {key: jnp.asarray(rows[chosen]) for key, rows in dataset.train.items()}
+    batch = lambda index: {key: rows[index] for key, rows in arrays.items()}
+    optimizer = make_optimizer(config, len(chosen), seed, storage)
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         params, state = carry
@@ -65,7 +64,7 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     @jax.jit
     def evaluate(carry: Any) -> jax.Array:
         params = nag_jax.eval_params(*carry)
-        rows = jnp.arange(len(x) // 10 * 10).reshape(10, -1)
+        rows = jnp.arange(len(chosen) // 10 * 10).reshape(10, -1)
         return jnp.mean(jax.lax.map(lambda index: mean_loss(task, params, batch(index)), rows))
 
     params = task.params
@@ -78,8 +77,9 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     carry = jax.tree.map(jnp.array, carry)
     generator = np.random.default_rng(seed)
     for _ in range(config.num_epochs):
-        rows = generator.permutation(len(x))[: len(x) // config.batch_size * config.batch_size]
-        rows = rows.reshape(-1, config.batch_size)
+        steps = len(chosen) // config.batch_size
+        rows = generator.permutation(len(chosen))[: steps * config.batch_size]
+        rows = rows.reshape(steps, config.batch_size)
         if config.scan:
             carry = run(carry, rows)
         else:
@@ -119,7 +119,7 @@ def bytes_per_parameter(shapes: list[tuple[int, ...]], storage: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What lean momentum costs.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=["mlp", "cnn", "gru"])
     arguments = parser.parse_args()

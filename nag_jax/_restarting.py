@@ -1,5 +1,6 @@
 """What ``accelerate`` does with a restart condition; the conditions are in ``restart.py``."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def check_rule(c: Coefficients) -> None:
 def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     """Real part of <a, b> over all leaves, and over the devices of ``axis_name``, in float32."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    terms = [jnp.sum((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
+    terms = [_total((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [frozenset(getattr(jax.typeof(x), "vma", ())) & set(axes) for x in terms]
@@ -83,3 +84,15 @@ def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
         over = tuple(vary) if any(varying) else axes
         total = total + (jax.lax.psum(term, over) if over else term)
     return total
+
+
+def _total(x: jax.Array) -> jax.Array:
+    """The sum of all elements."""
+    if x.ndim < 2 or x.size < 2**16 or x.shape[-1] % 8:
+        return jnp.sum(x)
+    # XLA on CPU hands a plain sum to a library, and for that first writes out what is summed. An
+    # addition that it does not know for one, over the sum of eight slices, takes half the time.
+    add = lambda a, b: jnp.where(jnp.isnan(a), a, a + b)
+    folded = functools.reduce(jnp.add, jnp.split(x, 8, -1))
+    rows = jax.lax.reduce(folded, jnp.zeros([], x.dtype), add, (x.ndim - 1,))
+    return jnp.sum(rows)

@@ -130,7 +130,9 @@ def tmm(
       minimizing strongly convex functions, IEEE Control Systems Letters 2, 2018.
     """
     check_range("learning_rate", learning_rate, 0.0)
-    return optax.chain(_descent(learning_rate), accelerate(rules.tmm(q), accumulator_dtype=accumulator_dtype))
+    return optax.chain(
+        _descent(learning_rate), accelerate(rules.tmm(q), accumulator_dtype=accumulator_dtype)
+    )
 
 
 def _descent(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -81,6 +81,7 @@ CASES = {
     ),
     "clipped": Case(clipped, dict(learning_rate=0.05, momentum=0.5)),
 }
+pytestmark = pytest.mark.filterwarnings("ignore:momentum 0.98 in a")  # FISTA's, in bfloat16
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
