@@ -37,12 +37,13 @@ PARAMS: dict[str, Any] = {"bfloat16 params, nearest": optax.identity,
 
 
 def recipes() -> dict[str, Any]:
-    small_cnn, small_gru = cnn.get_config(), rnn.get_config()
+    small_cnn: Any = cnn.get_config()
+    small_gru: Any = rnn.get_config()
     small_cnn.model.channels, small_cnn.model.hidden = (8, 16), 64  # of (32, 64), 128
     small_cnn.augment.flip, small_cnn.augment.shift, small_cnn.augment.zoom = False, 0, 0.0
     small_cnn.num_epochs, small_cnn.train_samples = 6, 6000  # of 10, 60000
     small_gru.model.hidden, small_gru.num_epochs, small_gru.train_samples = 96, 2, 6400
-    whole_mlp = mlp.get_config()
+    whole_mlp: Any = mlp.get_config()
     whole_mlp.train_samples = 0  # all
     return {"mlp": whole_mlp, "cnn": small_cnn, "gru": small_gru}
 

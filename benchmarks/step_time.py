@@ -239,6 +239,7 @@ def main() -> None:
         for name in arguments.shapes:
             result["shapes"][name] = measure(name, arguments.rounds)
             jax.clear_caches()
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         result["import_s"] = import_times()
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
