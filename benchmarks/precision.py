@@ -25,14 +25,14 @@ from configs import cnn, mlp, rnn
 from examples import data, tasks
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
-STORAGES = {
+STORAGES: dict[str, Any] = {
     "float32": lambda seed: jnp.float32,
     "bfloat16, nearest": lambda seed: jnp.bfloat16,
     "stochastic_bfloat16": nag_jax.stochastic_bfloat16,
     "int8_blocks": nag_jax.int8_blocks,
 }
 # Momentum in float32; the parameters are rounded at each step.
-PARAMS = {"bfloat16 params, nearest": optax.identity,
+PARAMS: dict[str, Any] = {"bfloat16 params, nearest": optax.identity,
           "bfloat16 params, stochastic_rounding": nag_jax.stochastic_rounding}  # fmt: skip
 
 
@@ -50,13 +50,11 @@ def recipes() -> dict[str, Any]:
 
 def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     task = tasks.make(config, dataset, jax.random.key(seed))
-    samples = {name: jnp.asarray(array) for name, array in dataset.train.items()}
-    if config.train_samples:
-        order = np.random.default_rng(seed).permutation(len(samples["x"]))
-        samples = {name: array[order[: config.train_samples]] for name, array in samples.items()}
-    count = len(samples["x"])
-    batch = lambda index: {name: array[index] for name, array in samples.items()}
-    optimizer = make_optimizer(config, count, seed, storage)
+    count = len(dataset.train["x"])
+    chosen = np.random.default_rng(seed).permutation(count)[: config.train_samples or None]
+    arrays: Any = {key: jnp.asarray(rows[chosen]) for key, rows in dataset.train.items()}
+    batch = lambda index: {key: rows[index] for key, rows in arrays.items()}
+    optimizer = make_optimizer(config, len(chosen), seed, storage)
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         params, state = carry
@@ -67,7 +65,7 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     @jax.jit
     def evaluate(carry: Any) -> jax.Array:
         params = nag_jax.eval_params(*carry)
-        rows = jnp.arange(count // 10 * 10).reshape(10, -1)
+        rows = jnp.arange(len(chosen) // 10 * 10).reshape(10, -1)
         return jnp.mean(jax.lax.map(lambda index: mean_loss(task, params, batch(index)), rows))
 
     params = task.params
@@ -80,8 +78,9 @@ def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
     carry = jax.tree.map(jnp.array, carry)
     generator = np.random.default_rng(seed)
     for _ in range(config.num_epochs):
-        rows = generator.permutation(count)[: count // config.batch_size * config.batch_size]
-        rows = rows.reshape(-1, config.batch_size)
+        steps = len(chosen) // config.batch_size
+        rows = generator.permutation(len(chosen))[: steps * config.batch_size]
+        rows = rows.reshape(steps, config.batch_size)
         if config.scan:
             carry = run(carry, rows)
         else:
@@ -121,7 +120,7 @@ def bytes_per_parameter(shapes: list[tuple[int, ...]], storage: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Final losses and bytes of lean momentum.")
+    parser = argparse.ArgumentParser(description="What lean momentum costs.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=["mlp", "cnn", "gru"])
     arguments = parser.parse_args()

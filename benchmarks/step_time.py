@@ -227,7 +227,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One optimizer step beside optax and PyTorch.")
+    parser = argparse.ArgumentParser(description="The time of one optimizer step.")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--table", action="store_true")
@@ -239,6 +239,7 @@ def main() -> None:
         for name in arguments.shapes:
             result["shapes"][name] = measure(name, arguments.rounds)
             jax.clear_caches()
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         result["import_s"] = import_times()
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

@@ -71,7 +71,7 @@ def _largest(x: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
     # and keeps what they are made of out of memory only where a reduction starts from slices.
     magnitude = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
     split = magnitude.reshape(_split(x.shape, blocks))
-    slices = _SLICES if x.ndim and split.shape[-1] % _SLICES == 0 else 1
+    slices = _divisor(split.shape[-1], _SLICES) if x.ndim else 1
     folded = functools.reduce(jnp.maximum, jnp.split(split, slices, -1)) if slices > 1 else split
     largest = jnp.max(folded, axis=tuple(range(1, 2 * x.ndim, 2)))
     return jax.lax.bitcast_convert_type(largest, jnp.float32)

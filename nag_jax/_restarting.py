@@ -1,5 +1,6 @@
 """What ``accelerate`` does with a restart condition; the conditions are in ``restart.py``."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,9 +80,21 @@ def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
 def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
     """The same for each leaf by itself."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    terms = [jnp.sum((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
+    terms = [_total((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [varying_axes(x) & set(axes) for x in terms]
     over = [tuple(vary) if any(varying) else axes for vary in varying]
     return [jax.lax.psum(x, axes) if axes else x for x, axes in zip(terms, over, strict=True)]
+
+
+def _total(x: jax.Array) -> jax.Array:
+    """The sum of all elements."""
+    if jax.default_backend() != "cpu" or x.ndim < 2 or x.size < 2**16 or x.shape[-1] % 8:
+        return jnp.sum(x)
+    # XLA on CPU hands a plain sum to a library, and for that first writes out what is summed. An
+    # addition that it does not know for one, over the sum of eight slices, takes half the time.
+    add = lambda a, b: jnp.where(jnp.isnan(a), a, a + b)
+    folded = functools.reduce(jnp.add, jnp.split(x, 8, -1))
+    rows = jax.lax.reduce(folded, jnp.zeros([], x.dtype), add, (x.ndim - 1,))
+    return jnp.sum(rows)

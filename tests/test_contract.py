@@ -119,6 +119,7 @@ CASES = {
     ),
     "adanag": Case(nag_jax.adanag, {}, static=("initial", "axis_name"), copies=True, rounding=1e-4),
 }
+pytestmark = pytest.mark.filterwarnings("ignore:momentum 0.98 in a")  # FISTA's, in bfloat16
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 

@@ -255,6 +255,7 @@ def test_masked_and_missing_leaves_do_not_count():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.filterwarnings("ignore:momentum 0.98 in a")
 def test_low_precision_leaves_are_summed_in_float32(dtype):
     """10,000 products of 0.01 are 100, which bfloat16 cannot count up to in steps of 0.01."""
     seen = []
