@@ -1,7 +1,8 @@
 """Optimizers with nothing to tune beside tuned ones: accuracy and steps on three small tasks.
 
-``python -m benchmarks.auto`` runs what is missing in results/auto.jsonl, ``--table`` only
-summarizes it. ``--tasks``, ``--methods`` and ``--seconds`` run a part.
+``python -m benchmarks.auto`` runs what is missing in results/auto.jsonl (which is not committed),
+summarizes it in results/auto.json and writes the table in README.md; ``--tasks``, ``--methods``,
+``--seeds`` and ``--seconds`` run a part. The MLP's nag and nag_auto have ten seeds, the rest three.
 """
 
 import argparse
@@ -19,12 +20,14 @@ import numpy as np
 import optax
 
 from benchmarks import candidates
+from benchmarks.machine import describe_machine
 from configs import cnn, mlp, rnn
 from examples import data, tasks
 from examples.compiling import jit
 
 HERE = Path(__file__).parent
 RUNS = HERE / "results" / "auto.jsonl"
+SUMMARY = HERE / "results" / "auto.json"
 SEEDS = (0, 1, 2)
 
 
@@ -49,11 +52,10 @@ def digits() -> Problem:
 
 def images() -> Problem:
     """The CNN recipe on 24,000 images of 14 x 14 pixels, 8 and 16 channels, 4 epochs."""
-    config = cnn.get_config()
-    with config.unlocked():
-        config.augment.update(flip=False, shift=0, zoom=0.0)
-        config.model.update(channels=(8, 16), hidden=64)
-        config.num_epochs = 4
+    config: Any = cnn.get_config()
+    config.augment.update(flip=False, shift=0, zoom=0.0)
+    config.model.update(channels=(8, 16), hidden=64)
+    config.num_epochs = 4
     whole = data.load(config)
     half = lambda x: x.reshape(-1, 14, 2, 14, 2, 1).mean((2, 4)).astype(np.uint8)
     shrunk = lambda split, n: dict(x=half(split["x"][:n]), y=split["y"][:n])
@@ -67,9 +69,8 @@ def images() -> Problem:
 def text() -> Problem:
     """The GRU recipe with 64 units and windows of 32 characters, 2 epochs."""
     config: Any = rnn.get_config()
-    with config.unlocked():
-        config.model.update(hidden=64, embedding=32, length=32)
-        config.num_epochs = 2
+    config.model.update(hidden=64, embedding=32, length=32)
+    config.num_epochs = 2
     return _problem(config, data.load(config), 10, 500, _grid(0.125, 8), _grid(0.001, 7))
 
 
@@ -101,7 +102,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             convention=config.optimizer.convention,
         )
-        self.task = tasks.make(config, self.problem.dataset, jax.random.key(0))
+        self.task: Any = tasks.make(config, self.problem.dataset, jax.random.key(0))
         compiled = functools.partial(jit, fusions=config.cpu_fusions)
         self.step = compiled(self._one)
         self.many = compiled(
@@ -181,7 +182,7 @@ class Trainer:
         }
 
 
-def wanted(task: str, names: list[str], seeds: tuple[int, ...]) -> list[tuple[str, Any]]:
+def wanted(task: str, names: list[str], seeds: list[int]) -> list[tuple[str, Any, int]]:
     """Every (method, hyperparameters) and seed, those of one method one after the other."""
     problem = PROBLEMS[task]()
     grids = {"rate": problem.rates, "adam_rate": problem.adam_rates, "momentum": (0.9, 0.95)}
@@ -195,11 +196,85 @@ def wanted(task: str, names: list[str], seeds: tuple[int, ...]) -> list[tuple[st
     return rows
 
 
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each task and method: its best hyperparameters, beside the best nag."""
+    rows = []
+    for task in PROBLEMS:
+        best: dict[str, list[dict[str, Any]]] = {}
+        keyed = [(r["method"], json.dumps(r["hyper"]), r) for r in runs if r["task"] == task]
+        for (name, _), group in itertools.groupby(
+            sorted(keyed, key=lambda k: (*k[:2], k[2]["seed"])), key=lambda k: k[:2]
+        ):
+            same = [run for *_, run in group]
+            if name not in best or _mean(same) > _mean(best[name]):
+                best[name] = same
+        tuned = best["nag"]
+        # On the samples of the curve; its last evaluation is at most 16 steps before the end.
+        target = 0.95 * float(np.mean([run["curve"][-1][1] for run in tuned]))
+        for name in candidates.METHODS:
+            if name in best:
+                rows.append(_row(task, name, best[name], tuned, target))
+    return rows
+
+
+def _mean(runs: list[dict[str, Any]]) -> float:
+    return float(np.mean([run["accuracy"] for run in runs]))
+
+
+def _row(task: str, name: str, runs: Any, tuned: Any, target: float) -> dict[str, Any]:
+    reach: Any = lambda run: next((step for step, value in run["curve"] if value >= target), None)
+    steps, reference = [reach(run) for run in runs], [reach(run) for run in tuned]
+    ratio = None
+    if None not in steps and None not in reference:
+        ratio = round(sum(steps) / len(steps) / (sum(reference) / len(reference)), 2)
+    return {
+        "task": task,
+        "method": name,
+        "hyper": runs[0]["hyper"],
+        "seeds": len(runs),
+        "accuracy": round(_mean(runs), 2),
+        "difference": round(_mean(runs) - _mean(tuned), 2),
+        "each": [round(run["accuracy"], 2) for run in runs],
+        "steps": steps,
+        "ratio": ratio,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Accuracy, difference to tuned nag and ratio of steps, for each task."""
+    lines = ["| method | " + " | ".join(PROBLEMS) + " |", "|---|" + "---|" * len(PROBLEMS)]
+    found = {(row["method"], row["task"]): row for row in rows}
+    for name in candidates.METHODS:
+        cells = []
+        for task in PROBLEMS:
+            row = found.get((name, task))
+            if row is None:
+                cells.append("")
+                continue
+            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            hyper = ", ".join(f"{value:g}" for value in row["hyper"].values())
+            cell = f"{row['accuracy']:.2f} ({row['difference']:+.2f}), {ratio}"
+            cells.append(f"{cell} [{hyper}]" if hyper else cell)
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(runs: Path) -> None:
+    """The summary, and the table between the markers of README.md."""
+    rows = summarize([json.loads(line) for line in runs.read_text().splitlines()])
+    about = describe_machine("benchmarks.auto", ("jax", "optax", "flax")) | {"rows": rows}
+    SUMMARY.write_text(json.dumps(about, indent=1) + "\n")
+    path, begin, end = HERE / "README.md", "<!-- auto -->\n", "<!-- /auto -->"
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}{table(rows)}\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tasks", nargs="*", default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="*", default=list(candidates.METHODS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after")
     parser.add_argument("--runs", type=Path, default=RUNS)
     arguments = parser.parse_args()
@@ -222,6 +297,7 @@ def main() -> None:
             with arguments.runs.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(task, name, hyper, seed, f"{row['accuracy']:.2f}", row["seconds"], flush=True)
+    write(arguments.runs)
 
 
 if __name__ == "__main__":

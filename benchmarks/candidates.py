@@ -69,7 +69,8 @@ class Head(NamedTuple):
 def head(init: Callable[[Any], Any], rule: Callable[..., Any]) -> optax.GradientTransformation:
     """``-lr*g`` with ``lr, memory = rule(g, memory, params, extra_args)``."""
 
-    def update(g: Any, state: Head, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        g = updates
         lr, memory = rule(g, state.memory, params, extra)
         return jax.tree.map(lambda g: -lr * g, g), Head(lr, memory)
 
@@ -101,7 +102,8 @@ def layers(scale: float) -> optax.GradientTransformation:
     def init(params: Any) -> Any:
         return [make().init(leaf) for leaf in jax.tree.leaves(params)]
 
-    def update(g: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        g = updates
         leaves, tree = jax.tree.flatten(g)
         pairs = [
             make().update(*leaf)
@@ -152,7 +154,8 @@ def hypergradient(size: float, first: float, *, relative: bool) -> optax.Gradien
         zeros = optax.tree.zeros_like(params)
         return Head(jnp.asarray(first), (zeros, zeros))
 
-    def update(g: Any, state: Head, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        g = updates
         lr, (trace, before) = state.learning_rate, state.memory
         product = optax.tree.vdot(g, before)
         cosine = product / (optax.tree.norm(g) * optax.tree.norm(before) + 1e-20)

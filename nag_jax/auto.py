@@ -12,7 +12,7 @@ from nag_jax._checks import check_choice, check_range
 from nag_jax._restarting import inner_products
 from nag_jax._rule import at_step, check_momentum
 from nag_jax.averaging import averaged
-from nag_jax.kernel import AccelerateState, accelerate
+from nag_jax.kernel import accelerate
 
 _FIRST = 0.01  # the first distance, in units of 1 + the norm of the parameters
 _PACE = 10.0  # effective step in units of distance / norm of all gradients
@@ -29,7 +29,7 @@ class AutoState(NamedTuple):
     squares: jax.Array  # sum of |g|^2, shape=(leaves + 1,), default float dtype
     progress: jax.Array  # sum of <lr*g, -moved>, shape=(leaves + 1,), default float dtype
     learning_rate: jax.Array  # of the last step, |u| / |g| over all leaves, shape=(), default float
-    kernel: AccelerateState
+    kernel: Any  # the AccelerateState of the momentum
 
 
 def nag_auto(
