@@ -64,7 +64,7 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
                 "needs floating or complex ones; leave it out with optax.masked"
             )
         if dtype is None:
-            return jnp.zeros_like(p)
+            return jnp.zeros_like(p, own)  # never of a weak type
         if jnp.issubdtype(own, jnp.complexfloating):
             floating = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
             return jnp.zeros_like(p, jnp.promote_types(floating, jnp.complex64))
