@@ -36,8 +36,9 @@ def get_config() -> ConfigDict:
     config.model.width = 32  # dcgan: channels next to the image
 
     config.optimizer = ConfigDict()
-    # nag | nag_then_sgd | sgd | momentum | nesterov | adam | adamw | nadam | nadamw
-    # or nag_auto, which finds its learning rate: learning_rate and schedule are not used
+    # nag | nag_then_sgd | lookahead | snoo (both of nag) | heavy_ball | fista | qhm | gpa | agnes |
+    # mass | accsgd | srsgd (defaults of their papers) | sgd | momentum | nesterov | adam | adamw |
+    # nadam | nadamw, or nag_auto, which finds its learning rate and uses no schedule of it
     config.optimizer.name = "nag"
     config.optimizer.convention = "optax"  # nag: optax | sutskever
     config.optimizer.switch_step = 1000  # nag_then_sgd: the first step of SGD

@@ -28,9 +28,10 @@ def make(
     ``rate`` takes the place of the config's schedule of the learning rate. With
     ``config.plateau.patience`` the state holds a factor on it, ``hyperparams["scale"]``.
     """
-    if config.optimizer.name == "nag_then_sgd" and (rate or config.plateau.patience):
+    name = config.optimizer.name
+    if name in ("nag_then_sgd", "nag_auto") and (rate or config.plateau.patience):
         raise UserError(
-            "config.optimizer.name=nag_then_sgd has a learning rate of its own, without "
+            f"config.optimizer.name={name} has a learning rate of its own, without "
             "config.find_lr and config.plateau; take nag"
         )
     try:
@@ -84,6 +85,19 @@ def _momentum(config: Any, steps_per_epoch: int, total_steps: int) -> optax.Scal
     raise UserError(f"config.momentum_schedule must be one of {known}, got {kind!r}")
 
 
+# Those that need neither exact gradients nor a constant of the problem; with the papers' defaults.
+_RULES: dict[str, Callable[[optax.ScalarOrSchedule], rules.Rule]] = {
+    "heavy_ball": rules.heavy_ball,
+    "fista": lambda momentum: rules.fista(),
+    "qhm": lambda momentum: rules.qhm(),
+    "gpa": lambda momentum: rules.gpa(),
+    "agnes": lambda momentum: rules.agnes(),
+    "mass": lambda momentum: rules.mass(),
+    "accsgd": lambda momentum: rules.accsgd(),
+    "srsgd": lambda momentum: rules.srsgd(),
+}
+
+
 def _transformation(
     config: Any, rate: optax.Schedule, momentum: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
@@ -111,6 +125,8 @@ def _transformation(
             weight_decay_mask=mask,
             decay=config.decay,
         ),
+        "lookahead": lambda: nag_jax.lookahead(makers["nag"]()),
+        "snoo": lambda: nag_jax.snoo(makers["nag"]()),
         "nag_auto": lambda: optax.chain(l2, nag_jax.nag_auto(momentum=momentum)),
         "sgd": lambda: optax.chain(l2, optax.sgd(rate)),
         "momentum": lambda: optax.chain(l2, optax.sgd(rate, number)),
@@ -120,6 +136,9 @@ def _transformation(
         "nadam": lambda: optax.chain(l2, optax.nadam(rate, number, options.b2)),
         "nadamw": lambda: optax.nadamw(rate, number, options.b2, **decayed),
     }
+    for name, rule in _RULES.items():
+        chain = optax.chain(l2, optax.sgd(rate), nag_jax.accelerate(rule(momentum)))
+        makers[name] = lambda chain=chain: chain
     if options.name not in makers:
         known = ", ".join(makers)
         raise UserError(f"config.optimizer.name must be one of {known}, got {options.name!r}")

@@ -173,10 +173,8 @@ def find_learning_rate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
 
 def evaluation_params(state: steps.TrainState) -> Any:
     """The iterate of NAG; other optimizers keep it as their params."""
-    states = jax.tree.leaves(
-        state.opt_state, is_leaf=lambda s: isinstance(s, nag_jax.AccelerateState)
-    )
-    if any(isinstance(s, nag_jax.AccelerateState) for s in states):
+    keeps_it = lambda s: isinstance(s, nag_jax.AccelerateState | nag_jax.OuterState)
+    if any(map(keeps_it, jax.tree.leaves(state.opt_state, is_leaf=keeps_it))):
         return nag_jax.eval_params(state.params, state.opt_state)
     return state.params
 
