@@ -25,13 +25,6 @@ DIGITS += ["--config.model.hidden_sizes=(16,)", "--config.checkpoint_every=2"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = forks.Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
     """The same run, never interrupted, by the command itself."""
     workdir = tmp_path_factory.mktemp("whole")

@@ -24,13 +24,6 @@ OPTIONS += ["--config.batch_size=32"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = forks.Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def options(tmp_path_factory):
     """Of a run on shards: six batches an epoch, with a bad record in the second share of one."""
     folder = tmp_path_factory.mktemp("data")
