@@ -65,10 +65,13 @@ def sweep_losses(feed: Any, state: steps.TrainState, most: int) -> list[float]:
         samples = sums["samples"] - before["samples"]
         if samples == 0:  # left out: not finite
             break
-        losses.append((sums["loss"] - before["loss"]) / samples)
+        loss = (sums["loss"] - before["loss"]) / samples
+        if not math.isfinite(loss):
+            break
+        losses.append(loss)
         before = sums
         smoothed = running_mean(losses)
-        if not math.isfinite(losses[-1]) or smoothed[-1] > _EXPLODED * min(smoothed):
+        if smoothed[-1] > _EXPLODED * min(smoothed):
             break
     feed.close()
     return losses
