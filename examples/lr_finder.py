@@ -38,10 +38,10 @@ def find(config: Any, workdir: Path, setup: Any) -> dict[str, Any]:
     opt_state = setup.layout.put_whole(maker.transformation.init(setup.state.params))
     losses = sweep_losses(setup.feed, setup.state._replace(opt_state=opt_state), sweep.steps)
     rates = sweep.low * ratio ** np.arange(len(losses))
-    if len(losses) < 2:
-        raise UserError(f"the loss explodes at once at config.sweep.low={sweep.low:g}; start lower")
     smoothed = running_mean(losses)
-    lowest = int(np.argmin(smoothed))
+    lowest = int(np.argmin(smoothed)) if smoothed else 0
+    if lowest == 0:
+        raise UserError(f"the loss never falls from config.sweep.low={sweep.low:g} on; start lower")
     suggestion = float(f"{rates[lowest] / _MARGIN:.2g}")
     found = dict(suggestion=suggestion, rates=rates.tolist(), losses=losses, smoothed=smoothed)
     if processes.is_first():
