@@ -36,7 +36,7 @@ def batch_of(rows):
     return {"x": x, "y": x.sum(1), "scale": np.linspace(0.1, 2, rows, dtype=np.float32)}
 
 
-BATCH = batch_of(27)
+BATCH = batch_of(32)
 
 
 def loss(params, batch):
