@@ -14,10 +14,13 @@ from nag_jax import rules
 
 
 class Optimizer(NamedTuple):
-    """A transformation, and ``hyperparameters(step, scale) -> {name: value}`` in use at a step."""
+    """A transformation, and what it used at a step.
+
+    ``hyperparameters(opt_state, step, scale) -> {name: value}`` may leave values on the device.
+    """
 
     transformation: optax.GradientTransformationExtraArgs
-    hyperparameters: Callable[[int, float], dict[str, Any]]
+    hyperparameters: Callable[[Any, int, float], dict[str, Any]]
 
 
 def make(
@@ -49,11 +52,23 @@ def make(
     if config.task == "adversarial":
         transformation = _two_players(transformation)
 
-    def hyperparameters(step: int, scale: float) -> dict[str, Any]:
+    def hyperparameters(opt_state: Any, step: int, scale: float) -> dict[str, Any]:
         at = lambda value: float(rules.at_step(value, jnp.asarray(step)))
-        return {"learning_rate": scale * at(rate), "momentum": at(momentum)}
+        found = {"learning_rate": scale * at(rate)}
+        if name == "nag_auto":
+            found = _found_rates(opt_state)
+        return found | {"momentum": at(momentum)}
 
     return Optimizer(transformation, hyperparameters)
+
+
+def _found_rates(opt_state: Any) -> dict[str, jax.Array]:
+    """Of nag_auto; copies, as the state is donated. A GAN has one for each player."""
+    found = {}
+    for path, rate in optax.tree.get_all_with_path(opt_state, "learning_rate"):
+        player = [f"{key.key}_" for key in path if isinstance(key, jax.tree_util.DictKey)]
+        found["".join(player) + "learning_rate"] = jnp.copy(rate)
+    return found
 
 
 def _learning_rate(config: Any, steps_per_epoch: int, total_steps: int) -> optax.Schedule:

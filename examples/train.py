@@ -112,7 +112,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
             now = due(config, step, steps_per_epoch, total) if step == end else Due()
             if now.row:
                 row = {"step": step, "epoch": step / steps_per_epoch}
-                row |= maker.hyperparameters(step - 1, scale) | feed.counters()
+                row |= maker.hyperparameters(state.opt_state, step - 1, scale) | feed.counters()
                 sums, zeros = (
                     {"train_": state.sums},
                     {k: np.zeros(v.shape, v.dtype) for k, v in state.sums.items()},
