@@ -144,12 +144,12 @@ def proximal_reference(step_size, momentum, steps, prox=soft):
     return np.stack(ys), np.stack(xs)
 
 
-def trajectory(tx, start, steps=STEPS, loss=smooth):
+def trajectory(tx, start, steps=STEPS, loss=smooth, read=nag_jax.eval_params):
     def body(carry, _):
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
-        return (params, state), (params, nag_jax.eval_params(params, state))
+        return (params, state), (params, read(params, state))
 
     start = jnp.asarray(start)
     run = jax.jit(lambda c: jax.lax.scan(body, c, length=steps)[1])
@@ -302,6 +302,16 @@ def test_injected_learning_rate():
     state = tx.init(params)
     updates, _ = jax.jit(tx.update)(params, state, params)
     np.testing.assert_allclose(updates, -0.11, rtol=1e-5)
+
+
+def test_monotone_fista_leaves_alone_what_has_no_gradient():
+    tx = nag_jax.monotone_fista(lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2))
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    state = tx.init(params)
+    updates, new = tx.update({"a": -jnp.ones(2) / 2, "b": None}, state, params)
+    assert updates["b"] is None
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert new.carry[1] == 3.5
 
 
 def test_errors():
