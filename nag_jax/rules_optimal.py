@@ -70,7 +70,8 @@ def ogm_g(horizon: int) -> Rule:
 
     :math:`\|\nabla f(y_N)\|^2 \le 2 L (f(y_0) - f^*) / \tilde\theta_0^2`, with OGM's t in reverse:
     :math:`\tilde\theta_N = 1`, :math:`\tilde\theta_k = (1 + \sqrt{1 + 4 \tilde\theta_{k+1}^2})/2`
-    and 8 instead of 4 for k = 0. The iterate to evaluate is y, params themselves.
+    and 8 instead of 4 for k = 0. The iterate to evaluate is y, params themselves. From where N
+    steps of FISTA ended, :math:`\|\nabla f(y_N)\| \le 2 L R / ((N + 1) \tilde\theta_0)`.
 
     Args:
       horizon: the number of steps N, at least 1. Steps beyond are plain gradient descent.

@@ -226,6 +226,29 @@ def test_ogm_g_makes_the_gradient_small(horizon):
     assert worst(DESCENT) > 1.1
 
 
+@pytest.mark.parametrize("half", [5, 20])
+def test_ogm_g_after_fista_makes_the_gradient_small_for_the_distance(half):
+    """|g| <= 2 L R/((half + 1) theta): FISTA's bound on f, put into that of OGM-G."""
+    limit = 2 / ((half + 1) * reference.ogm_g_thetas(half)[0])
+    problems = (tridiagonal(40), *(huber(1 / (2 * n + 1)) for n in (half, 2 * half)))
+
+    def worst(last, *optimizers):
+        """The largest |g| / R after ``half`` steps of each, from where the one before ended."""
+        at = problems
+        for optimizer in optimizers:
+            trajectories = run(optimizer, at, half)[last]
+            ends = [t[-1] for t in trajectories]
+            at = [dataclasses.replace(p, start=x) for p, x in zip(at, ends, strict=True)]
+        size = lambda p, q: (
+            np.linalg.norm(p.gradient(q.start)) / np.linalg.norm(p.start - p.solution)
+        )
+        return max(map(size, problems, at))
+
+    fista, descent = accelerated(rules.fista()), accelerated(DESCENT)
+    assert 0.1 * limit < worst(1, fista, accelerated(rules.ogm_g(half))) <= SLACK * limit
+    assert worst(1, descent, descent) > 1.1 * limit
+
+
 def random_rates(seed, steps=STEPS):
     """Learning rates up to 1/L that jump by up to a factor of 20."""
     table = jnp.asarray(np.exp(-3 * np.random.default_rng(seed).random(steps + 2)))
