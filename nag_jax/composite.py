@@ -68,8 +68,8 @@ def pogm(
 
     References:
       Taylor, Hendrickx, Glineur, Exact worst-case performance of first-order methods for composite
-      convex optimization, 2015, arXiv:1512.07516, section 4.3. Kim, Fessler, Adaptive restart of
-      the optimized gradient method for convex optimization, 2017, arXiv:1703.04641, section 5.
+      convex optimization, 2015, arXiv:1512.07516. Kim, Fessler, Adaptive restart of
+      the optimized gradient method for convex optimization, 2017, arXiv:1703.04641.
     """
     t = optimized_t(horizon)
     table = []
@@ -97,8 +97,8 @@ def optista(
     one buffer, y - x in float32 at least, is enough. For the learning rate 1/L,
     :math:`F(x_N) - F^* \le L R^2 / (2 (t_N^2 - 1))`, which no such method beats.
 
-    Params are x, a mean of the proximal points :math:`y_0 .. y_k`: feasible from a feasible start,
-    but not sparse until step N, where :math:`x_N = y_N`. Only there is the bound.
+    Params are x, a mean of the proximal points :math:`y_0 .. y_k`, so convex constraints hold from
+    a feasible start on, but x is not sparse until step N, where :math:`x_N = y_N` with its bound.
 
     Args:
       learning_rate: as in :func:`pogm`.
