@@ -97,8 +97,9 @@ def optista(
     one buffer, y - x in float32 at least, is enough. For the learning rate 1/L,
     :math:`F(x_N) - F^* \le L R^2 / (2 (t_N^2 - 1))`, which no such method beats.
 
-    Params are x, a mean of the proximal points :math:`y_0 .. y_k`, so convex constraints hold from
-    a feasible start on, but x is not sparse until step N, where :math:`x_N = y_N` with its bound.
+    Params are x, a mean of the start and the proximal points :math:`y_1 .. y_k`, so convex
+    constraints hold if the start keeps them. Only at step N is x itself proximal,
+    :math:`x_N = y_N`: sparse, feasible from any start, and with the bound.
 
     Args:
       learning_rate: as in :func:`pogm`.
