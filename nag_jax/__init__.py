@@ -7,6 +7,8 @@ from nag_jax import schedules as schedules
 from nag_jax.adaptive import adanag as adanag
 from nag_jax.auto import nag_auto as nag_auto
 from nag_jax.averaging import averaged as averaged
+from nag_jax.composite import optista as optista
+from nag_jax.composite import pogm as pogm
 from nag_jax.kernel import AccelerateState as AccelerateState
 from nag_jax.kernel import OuterState as OuterState
 from nag_jax.kernel import accelerate as accelerate

@@ -13,6 +13,12 @@ def wide(x: Any) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def wide_zeros(params: Any) -> Any:
+    """Zeros like ``params``, in float32 at least."""
+    wider = lambda p: jnp.promote_types(p.dtype, jnp.float32)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wider(p)), params)
+
+
 def real_like(scalar: Any, like: jax.Array) -> jax.Array:
     """``scalar`` in the real dtype of ``like``, float32 at least."""
     return jnp.asarray(scalar, jnp.finfo(jnp.promote_types(like.dtype, jnp.float32)).dtype)

@@ -1,10 +1,12 @@
 """One wording for every out-of-range argument: what was given, what is allowed, what to do."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax.core import Tracer
+
+_T = TypeVar("_T")
 
 
 def check_range(
@@ -58,6 +60,13 @@ def is_floating(dtype: Any) -> bool:
         return jnp.issubdtype(dtype, jnp.floating) and not hasattr(dtype, "shape")
     except TypeError:
         return False
+
+
+def given_params(name: str, params: _T | None) -> _T:
+    """``params``; ValueError if the update of optimizer ``name`` was called without them."""
+    if params is None:
+        raise ValueError(f"{name} needs params: call optimizer.update(gradients, state, params)")
+    return params
 
 
 def check_prox(prox: Any) -> None:

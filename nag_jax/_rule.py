@@ -11,6 +11,7 @@ additive step that arrives at the kernel and ``m`` its one buffer, the coefficie
 A constant coefficient is a Python float, so that it costs nothing on the device.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,6 +69,25 @@ def check_momentum(momentum: optax.ScalarOrSchedule) -> None:
         "bfloat16 rounds 0.999 to 1, so give inject_hyperparams hyperparam_dtype=jnp.float32"
     )
     check_range("momentum", momentum, 0.0, 1.0, hint=hint)
+
+
+def check_horizon(horizon: Any) -> None:
+    """Raises ValueError unless ``horizon`` is an integer of at least 1."""
+    if not isinstance(horizon, numbers.Integral):
+        raise ValueError(
+            f"horizon must be an int of at least 1, the number of steps, got {horizon!r}; under "
+            'inject_hyperparams name it in static_args=("horizon",)'
+        )
+    check_range("horizon", int(horizon), 1)
+
+
+def optimized_t(horizon: int) -> list[float]:
+    """OGM's t_0 .. t_N: FISTA's, except for the last."""
+    check_horizon(horizon)
+    t = [1.0]
+    for k in range(horizon):
+        t.append((1 + (1 + (8 if k == horizon - 1 else 4) * t[-1] ** 2) ** 0.5) / 2)
+    return t
 
 
 def check_conditioning(q: Any, *, below_one: bool = False) -> Any:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import applied, real_like, wide
-from nag_jax._checks import check_range
+from nag_jax._arithmetic import applied, real_like, wide, wide_zeros
+from nag_jax._checks import check_range, given_params
 from nag_jax.kernel import AccelerateState
 
 
@@ -70,9 +70,8 @@ def averaged(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> AccelerateState:
-        wider = lambda p: jnp.promote_types(p.dtype, jnp.float32)
         return AccelerateState(
-            m=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wider(p)), params),
+            m=wide_zeros(params),
             carry=AverageState(jnp.zeros([], jnp.int32), inner.init(params)),
             readout=jnp.ones([], float),
         )
@@ -80,8 +79,7 @@ def averaged(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AccelerateState]:
-        if params is None:
-            raise ValueError("averaged needs params: call update(gradients, state, params)")
+        params = given_params("averaged", params)
         steps, memory = state.carry
         updates, memory = inner.update(updates, memory, params, **extra_args)
         keep = steps.astype(float) / (steps + 1 + power)

@@ -160,7 +160,7 @@ def eval_params(params: Any, opt_state: Any) -> Any:
       ValueError: if opt_state holds no state of ``accelerate``, more than one for the same
         parameter, or one that belongs to other parameters.
     """
-    states = _find_states(opt_state)
+    states = find_states(opt_state)
     if not states:
         raise ValueError(
             "opt_state holds no state of nag_jax.accelerate, got "
@@ -213,13 +213,14 @@ def eval_params(params: Any, opt_state: Any) -> Any:
     return shifted
 
 
-def _find_states(opt_state: Any) -> list[Any]:
+def find_states(opt_state: Any) -> list[Any]:
+    """Every state in ``opt_state`` that knows an iterate to evaluate."""
     is_state = lambda node: isinstance(node, AccelerateState | OuterState)
     return [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
 
 
 def _outer_iterate(state: OuterState) -> Any:
-    return eval_params(state.slow, state.outer) if _find_states(state.outer) else state.slow
+    return eval_params(state.slow, state.outer) if find_states(state.outer) else state.slow
 
 
 def _mix(a: Scalar, x: jax.Array, b: Scalar, y: jax.Array) -> jax.Array:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import map_gradients, real_like, wide
+from nag_jax._arithmetic import filled, map_gradients, real_like, wide
+from nag_jax._checks import given_params
 from nag_jax.kernel import AccelerateState
 
 
@@ -49,12 +50,10 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AccelerateState]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "monotone_fista needs params: call optimizer.update(gradients, state, params)"
-            )
+        params = given_params("monotone_fista", params)
         t, best = state.carry
-        value = jnp.asarray(objective(optax.apply_updates(params, updates)), best.dtype)
+        z = optax.apply_updates(params, filled(updates, optax.tree.zeros_like(params)))
+        value = jnp.asarray(objective(z), best.dtype)
         accept = value <= best
         new = (1 + jnp.sqrt(1 + 4 * t * t)) / 2
         scale = jnp.where(accept, t - 1, t) / new
@@ -70,6 +69,6 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
             m,
         )
         carry = (new, jnp.where(accept, value, best))
-        return updates, AccelerateState(m=m, carry=carry, readout=state.readout)
+        return updates, AccelerateState(m=filled(m, state.m), carry=carry, readout=state.readout)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import map_gradients, real_like, wide
-from nag_jax._checks import check_prox, check_range
+from nag_jax._checks import check_prox, check_range, given_params
 
 Prox = Callable[[Any, Any], Any]
 
@@ -80,10 +80,7 @@ def prox_step(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "prox_step needs params: call optimizer.update(gradients, state, params)"
-            )
+        params = given_params("prox_step", params)
         lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
         point = map_gradients(lambda g, p: wide(p) - real_like(lr, p) * wide(g), updates, params)
         after = prox(point, lr)

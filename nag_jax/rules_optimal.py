@@ -12,7 +12,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from nag_jax._checks import check_range
-from nag_jax._rule import Coefficients, Rule, check_conditioning, constant, first_step
+from nag_jax._rule import (
+    Coefficients,
+    Rule,
+    check_conditioning,
+    check_horizon,
+    constant,
+    first_step,
+    optimized_t,
+)
 
 
 def ogm(horizon: int | None = None) -> Rule:
@@ -34,7 +42,7 @@ def ogm(horizon: int | None = None) -> Rule:
       A rule whose carry is the step, int32 ``[]``, and t, float ``[]``.
 
     Raises:
-      ValueError: if horizon is below 1.
+      ValueError: if horizon is no integer or below 1.
 
     >>> optimizer = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.ogm()))  # L = 10
 
@@ -44,7 +52,7 @@ def ogm(horizon: int | None = None) -> Rule:
       convex minimization, 2014, arXiv:1406.5468, algorithm OGM1.
     """
     if horizon is not None:
-        check_range("horizon", horizon, 1)
+        check_horizon(horizon)
 
     def step(carry: Any) -> tuple[Any, Coefficients]:
         k, t = carry
@@ -62,7 +70,8 @@ def ogm_g(horizon: int) -> Rule:
 
     :math:`\|\nabla f(y_N)\|^2 \le 2 L (f(y_0) - f^*) / \tilde\theta_0^2`, with OGM's t in reverse:
     :math:`\tilde\theta_N = 1`, :math:`\tilde\theta_k = (1 + \sqrt{1 + 4 \tilde\theta_{k+1}^2})/2`
-    and 8 instead of 4 for k = 0. The iterate to evaluate is y, params themselves.
+    and 8 instead of 4 for k = 0. The iterate to evaluate is y, params themselves. From where N
+    steps of FISTA ended, :math:`\|\nabla f(y_N)\| \le 2 L R / ((N + 1) \tilde\theta_0)`.
 
     Args:
       horizon: the number of steps N, at least 1. Steps beyond are plain gradient descent.
@@ -71,7 +80,7 @@ def ogm_g(horizon: int) -> Rule:
       A rule whose carry is the step, int32 ``[]``; the horizon's scalars are a table.
 
     Raises:
-      ValueError: if horizon is below 1.
+      ValueError: if horizon is no integer or below 1.
 
     >>> optimizer = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.ogm_g(horizon=200)))
 
@@ -79,11 +88,7 @@ def ogm_g(horizon: int) -> Rule:
       Kim, Fessler, Optimizing the efficiency of first-order methods for decreasing the gradient of
       smooth convex functions, 2018, arXiv:1803.06600.
     """
-    check_range("horizon", horizon, 1)
-    theta = [1.0]
-    for k in reversed(range(horizon)):
-        theta.append((1 + (1 + (8 if k == 0 else 4) * theta[-1] ** 2) ** 0.5) / 2)
-    theta.reverse()
+    theta = optimized_t(horizon)[::-1]
     table = [
         ((a - 1) * (2 * b - 1) / (a * (2 * a - 1)), (2 * b - 1) / (2 * a - 1))
         for a, b in itertools.pairwise(theta)

@@ -10,7 +10,7 @@ import optax
 
 from nag_jax._arithmetic import wide
 from nag_jax._checks import check_prox, check_range
-from nag_jax.kernel import AccelerateState, eval_params
+from nag_jax.kernel import eval_params, find_states
 from nag_jax.proximal import Prox
 from nag_jax.stepsize import backtracking
 
@@ -223,10 +223,7 @@ def _residual(p: Any, g: Any, prox: Any) -> Any:
 
 
 def _evaluated(loop: _Loop) -> Any:
-    is_state = lambda node: isinstance(node, AccelerateState)
-    if not any(map(is_state, jax.tree.leaves(loop.state, is_leaf=is_state))):
-        return loop.params
-    return eval_params(loop.params, loop.state)
+    return eval_params(loop.params, loop.state) if find_states(loop.state) else loop.params
 
 
 def _norm(tree: Any) -> jax.Array:

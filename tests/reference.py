@@ -113,9 +113,7 @@ def estimate_sequence(gradient, start, learning_rate, strong_convexity, steps):
 
 def ogm(gradient, start, learning_rate, steps, horizon=None):
     """Kim & Fessler 2014, algorithm OGM1; with a horizon the last x is y itself."""
-    ts = t_sequence(steps)
-    if horizon is not None:
-        ts[horizon] = (1 + np.sqrt(1 + 8 * ts[horizon - 1] ** 2)) / 2
+    ts = t_sequence(steps) if horizon is None else optimized_t(horizon)
     ahead = lambda t, x, x_old, y: (
         x + (ts[t] - 1) / ts[t + 1] * (x - x_old) + ts[t] / ts[t + 1] * (x - y)
     )
@@ -140,6 +138,45 @@ def ogm_g(gradient, start, learning_rate, steps):
 
     ys, _ = _two_points(gradient, start, learning_rate, steps, ahead)
     return ys, ys
+
+
+def optimized_t(horizon):
+    """OGM's t_0 .. t_N, whose last step is longer."""
+    ts = t_sequence(horizon - 1)
+    return [*ts, (1 + np.sqrt(1 + 8 * ts[-1] ** 2)) / 2]
+
+
+def pogm(gradient, prox, start, learning_rate, steps):
+    """Kim & Fessler 2017, algorithm POGM, three sequences; a changing rate goes with its prox."""
+    th = optimized_t(steps)
+    x = w = z = np.array(start, dtype=np.float64)
+    xs, last = [x], 1.0
+    for i in range(1, steps + 1):
+        lr = learning_rate(i - 1)
+        ratio = (2 * th[i - 1] + th[i] - 1) / th[i]
+        w_old, w = w, x - lr * gradient(x)
+        ahead = w + (th[i - 1] - 1) / th[i] * (w - w_old) + th[i - 1] / th[i] * (w - x)
+        z = ahead + (th[i - 1] - 1) / (last * th[i]) * (z - x)
+        x, last = prox(z, ratio * lr), ratio
+        xs.append(x)
+    return np.stack(xs)
+
+
+def optista(gradient, prox, start, learning_rate, steps):
+    """Jang, Das Gupta, Ryu 2023, three sequences; returns x and y."""
+    th = optimized_t(steps)
+    x = y = z = np.array(start, dtype=np.float64)
+    xs, ys = [x], [y]
+    for i in range(steps):
+        gamma = 2 * th[i] / th[-1] ** 2 * (th[-1] ** 2 - 2 * th[i] ** 2 + th[i])
+        size = gamma * learning_rate(i)
+        y_old, z_old = y, z
+        y = prox(y - size * gradient(x), size)
+        z = x + (y - y_old) / gamma
+        x = z + (th[i] - 1) / th[i + 1] * (z - z_old) + th[i] / th[i + 1] * (z - x)
+        xs.append(x)
+        ys.append(y)
+    return np.stack(xs), np.stack(ys)
 
 
 def xi_form(gradient, start, step, steps, beta, gamma, delta):

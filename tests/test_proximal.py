@@ -144,12 +144,12 @@ def proximal_reference(step_size, momentum, steps, prox=soft):
     return np.stack(ys), np.stack(xs)
 
 
-def trajectory(tx, start, steps=STEPS, loss=smooth):
+def trajectory(tx, start, steps=STEPS, loss=smooth, read=nag_jax.eval_params):
     def body(carry, _):
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
-        return (params, state), (params, nag_jax.eval_params(params, state))
+        return (params, state), (params, read(params, state))
 
     start = jnp.asarray(start)
     run = jax.jit(lambda c: jax.lax.scan(body, c, length=steps)[1])
@@ -230,6 +230,28 @@ def test_composite_bounds():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("q", [1e-1, 1e-3])
+def test_strong_convexity_with_a_penalty(q):
+    """F(x_k) - F* <= (1 - sqrt q)^k (F(x_0) - F* + mu/2 R^2), with a part of the solution at 0."""
+    curvatures = jnp.logspace(np.log10(q), 0, 12)
+    center = jnp.where(jnp.arange(12) % 3 == 1, 0.1 * q, 2.0)
+    loss = lambda p: jnp.sum(curvatures * (p - center) ** 2) / 2
+    total = lambda xs: np.asarray(jax.vmap(loss)(xs)) + q * np.abs(xs).sum(axis=-1)
+    head = proximal.prox_step(proximal.l1(q), 1.0)
+    run = lambda rule, steps: trajectory(
+        optax.chain(head, nag_jax.accelerate(rule)), np.zeros(12), steps, loss
+    )[1]
+    solution = run(rules.strongly_convex(q), 1500)[-1]
+    assert 0 < np.sum(np.abs(solution) < 1e-12) < 12
+    low = total(solution[None])[0]
+    first = total(np.zeros((1, 12)))[0] - low + q / 2 * np.sum(solution**2)
+    bound = (1 - q**0.5) ** np.arange(1, 401) * first
+    worst = lambda rule: np.max(((total(run(rule, 400)[1:]) - low) / bound)[bound > 1e-12])
+    assert 0.05 < worst(rules.strongly_convex(q)) <= 1 + 1e-9
+    assert worst(rules.constant(rules.Coefficients(beta=0.0, kappa=0.0))) > 2
+
+
+@pytest.mark.usefixtures("x64")
 def test_restart_on_the_lasso():
     problem = Composite()
     low = problem.total(problem.solution()[None])[0]
@@ -302,6 +324,16 @@ def test_injected_learning_rate():
     state = tx.init(params)
     updates, _ = jax.jit(tx.update)(params, state, params)
     np.testing.assert_allclose(updates, -0.11, rtol=1e-5)
+
+
+def test_monotone_fista_leaves_alone_what_has_no_gradient():
+    tx = nag_jax.monotone_fista(lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2))
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    state = tx.init(params)
+    updates, new = tx.update({"a": -jnp.ones(2) / 2, "b": None}, state, params)
+    assert updates["b"] is None
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert new.carry[1] == 3.5
 
 
 def test_errors():

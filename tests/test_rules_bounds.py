@@ -208,7 +208,7 @@ def test_ogm_with_a_horizon_is_tight(horizon):
     assert check(DESCENT if horizon == 1 else rules.ogm()) > 1.01
 
 
-@pytest.mark.parametrize("horizon", [1, 5, 40])
+@pytest.mark.parametrize("horizon", [1, 2, 5, 40])
 def test_ogm_g_makes_the_gradient_small(horizon):
     theta = reference.ogm_g_thetas(horizon)[0]
     # Between gradient steps that just do not leave the linear part, and just leave it at once.
@@ -223,8 +223,30 @@ def test_ogm_g_makes_the_gradient_small(horizon):
         return worst
 
     assert worst(rules.ogm_g(horizon)) <= SLACK
-    if horizon > 2:  # before that gradient descent is as good on these
-        assert worst(DESCENT) > 1.1
+    assert worst(DESCENT) > 1.1
+
+
+@pytest.mark.parametrize("half", [5, 20])
+def test_ogm_g_after_fista_makes_the_gradient_small_for_the_distance(half):
+    """|g| <= 2 L R/((half + 1) theta): FISTA's bound on f, put into that of OGM-G."""
+    limit = 2 / ((half + 1) * reference.ogm_g_thetas(half)[0])
+    problems = (tridiagonal(40), *(huber(1 / (2 * n + 1)) for n in (half, 2 * half)))
+
+    def worst(last, *optimizers):
+        """The largest |g| / R after ``half`` steps of each, from where the one before ended."""
+        at = problems
+        for optimizer in optimizers:
+            trajectories = run(optimizer, at, half)[last]
+            ends = [t[-1] for t in trajectories]
+            at = [dataclasses.replace(p, start=x) for p, x in zip(at, ends, strict=True)]
+        size = lambda p, q: (
+            np.linalg.norm(p.gradient(q.start)) / np.linalg.norm(p.start - p.solution)
+        )
+        return max(map(size, problems, at))
+
+    fista, descent = accelerated(rules.fista()), accelerated(DESCENT)
+    assert 0.1 * limit < worst(1, fista, accelerated(rules.ogm_g(half))) <= SLACK * limit
+    assert worst(1, descent, descent) > 1.1 * limit
 
 
 def random_rates(seed, steps=STEPS):

@@ -56,6 +56,15 @@ def test_finds_the_solution_with_any_optimizer(name):
     assert 1 < result.steps < 10_000
 
 
+def test_it_returns_the_iterate_of_an_outer_optimizer():
+    """Seven steps into rounds of five it is where the round began, not where params are."""
+    optimizer = nag_jax.lookahead(optax.sgd(0.01), every=5)
+    seven, five = (minimize(least_squares, jnp.zeros(6), optimizer, max_steps=n) for n in (7, 5))
+    np.testing.assert_array_equal(seven.params, five.params)
+    plain = minimize(least_squares, jnp.zeros(6), optax.sgd(0.01), max_steps=7)
+    assert np.max(np.abs(seven.params - plain.params)) > 1e-3
+
+
 @pytest.mark.usefixtures("x64")
 def test_constraints_from_an_infeasible_start():
     from scipy.optimize import nnls
