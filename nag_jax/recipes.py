@@ -186,11 +186,9 @@ def snoo(
     code. That code makes its first outer step after the first inner one; here it is after k.
 
     Args:
-      inner: the optimizer, learning rate included.
+      inner: as in :func:`lookahead`; so are every and slow_dtype.
       learning_rate: of the outer step, at least 0, or a schedule of the outer step.
       momentum: of the outer step, in [0, 1), or a schedule of the outer step.
-      every: k, inner steps per outer step, at least 1.
-      slow_dtype: as in ``outer``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
@@ -226,10 +224,7 @@ def diloco(
     Args:
       inner: the optimizer of each worker, learning rate included; AdamW in the paper.
       axis_name: the axis or axes of the workers, inside ``shard_map``, ``pmap`` or ``vmap``.
-      learning_rate: of the outer step, at least 0, or a schedule of the outer step.
-      momentum: of the outer step, in [0, 1), or a schedule of the outer step.
-      every: H, inner steps per outer step, at least 1.
-      slow_dtype: as in ``outer``.
+      learning_rate: as in :func:`snoo`; so are momentum, every (H) and slow_dtype.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
