@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax import rules
-from nag_jax._arithmetic import applied, map_gradients, real_like, wide
+from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide
 from nag_jax._checks import check_choice, check_range
 from nag_jax._restarting import inner_products
 from nag_jax._rule import at_step, check_momentum
@@ -162,10 +162,8 @@ def nag_auto(
         gains = -rates * along
         size = jnp.sum(rates**2 * energy[:-1])
         updates, memory = kernel.update(steps, state.kernel)
-        moved = jax.tree.map(
-            lambda u, d, p: d if u is None else (wide(d) + applied(u, p)).astype(d.dtype),
-            updates, state.moved, params, is_leaf=lambda node: node is None,
-        )  # fmt: skip
+        further = lambda u, d, p: (wide(d) + applied(u, p)).astype(d.dtype)
+        moved = filled(map_gradients(further, updates, state.moved, params), state.moved)
         return updates, AutoState(
             steps=state.steps + 1,
             moved=moved,

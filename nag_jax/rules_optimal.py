@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from nag_jax._checks import check_range
+from nag_jax._checks import check_count, check_range
 from nag_jax._rule import Coefficients, Rule, check_conditioning, constant, first_step
 
 
@@ -44,7 +44,7 @@ def ogm(horizon: int | None = None) -> Rule:
       convex minimization, 2014, arXiv:1406.5468, algorithm OGM1.
     """
     if horizon is not None:
-        check_range("horizon", horizon, 1)
+        check_count("horizon", horizon)
 
     def step(carry: Any) -> tuple[Any, Coefficients]:
         k, t = carry
@@ -79,7 +79,7 @@ def ogm_g(horizon: int) -> Rule:
       Kim, Fessler, Optimizing the efficiency of first-order methods for decreasing the gradient of
       smooth convex functions, 2018, arXiv:1803.06600.
     """
-    check_range("horizon", horizon, 1)
+    check_count("horizon", horizon)
     theta = [1.0]
     for k in reversed(range(horizon)):
         theta.append((1 + (1 + (8 if k == 0 else 4) * theta[-1] ** 2) ** 0.5) / 2)

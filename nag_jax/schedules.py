@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._checks import check_range
+from nag_jax._checks import check_count, check_range
 from nag_jax._rule import check_conditioning
 
 Step = Any  # a Python int or an integer array
@@ -55,7 +55,7 @@ def sutskever(
     """
     check_range("max_momentum", max_momentum, 0.0, 1.0)
     check_range("final_momentum", final_momentum, 0.0, 1.0)
-    check_range("period", period, 1)
+    check_count("period", period)
     check_range("final_steps", final_steps, 0)
     if total_steps is not None and not total_steps > final_steps:
         raise ValueError(
