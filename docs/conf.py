@@ -27,6 +27,8 @@ add_module_names = False
 html_theme = "furo"
 html_title = f"nag_jax {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["math.css"]
 html_math_renderer = "mathml"
 
 
@@ -36,7 +38,7 @@ def _inline(translator: Any, node: nodes.math) -> None:
 
 
 def _block(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{_mathml(node, block=True)}</div>\n')
+    translator.body.append(f"<div>{_mathml(node, block=True)}</div>\n")
     raise nodes.SkipNode
 
 
