@@ -39,4 +39,4 @@ from nag_jax.solve import largest_curvature as largest_curvature
 from nag_jax.solve import minimize as minimize
 from nag_jax.stepsize import backtracking as backtracking
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

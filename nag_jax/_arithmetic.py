@@ -42,7 +42,7 @@ def map_gradients(function: Callable[..., Any], *trees: Any) -> Any:
 
 
 def filled(tree: Any, default: Any) -> Any:
-    """``tree`` with the leaf of ``default`` where it has None."""
+    """``tree`` with the leaf of ``default`` where it has None, as :func:`map_gradients` leaves."""
     return jax.tree.map(
         lambda leaf, other: other if leaf is None else leaf,
         tree,

@@ -1,6 +1,7 @@
 """One wording for every out-of-range argument: what was given, what is allowed, what to do."""
 
 import math
+import numbers
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -43,6 +44,30 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_count(
+    name: str, value: Any, low: int = 1, *, static: bool = False, hint: str = ""
+) -> None:
+    """Raises ValueError unless ``value`` is an integer of at least ``low``.
+
+    A tracer is known only at run time, so it passes if it need not be ``static``.
+    """
+    if isinstance(value, Tracer) and not static:
+        return
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < low:
+        advice = f"; {hint}" if hint else ""
+        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}{advice}")
+
+
+def check_optimizer(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` has the two functions of a gradient transformation."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise ValueError(
+            f"{name} must be an optax.GradientTransformation such as nag_jax.nag(0.1, 0.9), got "
+            f"{value!r}"
+        )
 
 
 def check_dtype(name: str, dtype: Any) -> None:

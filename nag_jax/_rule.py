@@ -11,7 +11,6 @@ additive step that arrives at the kernel and ``m`` its one buffer, the coefficie
 A constant coefficient is a Python float, so that it costs nothing on the device.
 """
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from nag_jax._checks import check_range
+from nag_jax._checks import check_count, check_range
 
 Scalar = float | jax.Array
 
@@ -73,12 +72,8 @@ def check_momentum(momentum: optax.ScalarOrSchedule) -> None:
 
 def check_horizon(horizon: Any) -> None:
     """Raises ValueError unless ``horizon`` is an integer of at least 1."""
-    if not isinstance(horizon, numbers.Integral):
-        raise ValueError(
-            f"horizon must be an int of at least 1, the number of steps, got {horizon!r}; under "
-            'inject_hyperparams name it in static_args=("horizon",)'
-        )
-    check_range("horizon", int(horizon), 1)
+    hint = 'the number of steps; under inject_hyperparams name it in static_args=("horizon",)'
+    check_count("horizon", horizon, static=True, hint=hint)
 
 
 def optimized_t(horizon: int) -> list[float]:

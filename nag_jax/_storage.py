@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nag_jax._arithmetic import map_gradients
+from nag_jax._arithmetic import filled, map_gradients
 from nag_jax._blocks import BlockState, decode
 from nag_jax._checks import is_floating
 
@@ -44,7 +44,7 @@ def choose(accumulator_dtype: Any) -> Storage:
         )
 
     def store(x: Any, m: Any, memory: Any) -> tuple[Any, Any]:
-        return keep_where_none(map_gradients(lambda x, m: x.astype(m.dtype), x, m), m), memory
+        return filled(map_gradients(lambda x, m: x.astype(m.dtype), x, m), m), memory
 
     return Storage(lambda params: (zeros(params, accumulator_dtype), ()), store, unbiased=False)
 
@@ -77,18 +77,9 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
 
 def map_numbered(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """``function(number of the leaf, leaf, *rest)``; a None of the first tree stays and counts."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_none)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: node is None)
     others = [structure.flatten_up_to(other) for other in rest]
     return structure.unflatten(
         None if leaf is None else function(number, leaf, *more)
         for number, (leaf, *more) in enumerate(zip(leaves, *others, strict=True))
     )
-
-
-def keep_where_none(new: Any, old: Any) -> Any:
-    """``new``, and ``old`` where that is None."""
-    return jax.tree.map(lambda n, o: o if n is None else n, new, old, is_leaf=_is_none)
-
-
-def _is_none(node: Any) -> bool:
-    return node is None

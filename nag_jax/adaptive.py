@@ -38,8 +38,8 @@ def adanag(
     .. math::
         L_{k+1} = \frac{\|\Delta g\|^2 / 2}
             {\langle g_{k+1}, \Delta x \rangle - \Delta f}, \qquad
-        s_{k+1} = \min \Big\{ \frac{A_{k-1} + a_k}{A_k} s_k,
-            \Big(\frac{A_k}{a_k^2} + \frac{2 a_{k+1}^2}{A_k}\Big)^{-1} \frac{1}{L_{k+1}} \Big\}
+        s_{k+1} = \min \Bigl\{ \frac{A_{k-1} + a_k}{A_k} s_k,
+            \Bigl(\frac{A_k}{a_k^2} + \frac{2 a_{k+1}^2}{A_k}\Bigr)^{-1} \frac{1}{L_{k+1}} \Bigr\}
 
     with :math:`a_k = (k+3)^2 / (24 (k+14))`, :math:`A_k = a_{k+1} (k+3)/12`, :math:`A_{-1} = 0`;
     then, with :math:`u = -s_k g_k` and :math:`\tau_k = (k+14)/12`, it steps by the kernel's rule

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax import rules
-from nag_jax._arithmetic import applied, map_gradients, real_like, wide
-from nag_jax._checks import check_choice, check_range
+from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide
+from nag_jax._checks import check_choice, check_range, given_params
 from nag_jax._restarting import inner_products
 from nag_jax._rule import at_step, check_momentum
 from nag_jax.averaging import averaged
@@ -125,8 +125,7 @@ def nag_auto(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AutoState]:
         del extra_args
-        if params is None:
-            raise ValueError("nag_auto needs params: call update(gradients, state, params)")
+        params = given_params("nag_auto", params)
         real = state.distance.dtype
         mu = jnp.asarray(at_step(momentum, state.steps), real)
         factor = jnp.asarray(at_step(learning_rate, state.steps), real)
@@ -162,10 +161,8 @@ def nag_auto(
         gains = -rates * along
         size = jnp.sum(rates**2 * energy[:-1])
         updates, memory = kernel.update(steps, state.kernel)
-        moved = jax.tree.map(
-            lambda u, d, p: d if u is None else (wide(d) + applied(u, p)).astype(d.dtype),
-            updates, state.moved, params, is_leaf=lambda node: node is None,
-        )  # fmt: skip
+        further = lambda u, d, p: (wide(d) + applied(u, p)).astype(d.dtype)
+        moved = filled(map_gradients(further, updates, state.moved, params), state.moved)
         return updates, AutoState(
             steps=state.steps + 1,
             moved=moved,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import applied, real_like, wide, wide_zeros
-from nag_jax._checks import check_range, given_params
+from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide, wide_zeros
+from nag_jax._checks import check_optimizer, check_range, given_params
 from nag_jax.kernel import AccelerateState
 
 
@@ -65,8 +65,7 @@ def averaged(
       Carmon, DoG is SGD's best friend, 2023, arXiv:2302.12022.
     """
     check_range("power", power, 0.0)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ValueError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}")
+    check_optimizer("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> AccelerateState:
@@ -85,10 +84,7 @@ def averaged(
         keep = steps.astype(float) / (steps + 1 + power)
 
         follow = lambda u, m, p: (real_like(keep, m) * (wide(m) - applied(u, p))).astype(m.dtype)
-        m = jax.tree.map(
-            lambda u, m, p: m if u is None else follow(u, m, p),
-            updates, state.m, params, is_leaf=lambda node: node is None,
-        )  # fmt: skip
+        m = filled(map_gradients(follow, updates, state.m, params), state.m)
         carry = AverageState(steps + 1, memory)
         return updates, AccelerateState(m=m, carry=carry, readout=state.readout)
 

@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
-from nag_jax._arithmetic import map_gradients, varying_axes, wide
-from nag_jax._checks import check_dtype
+from nag_jax._arithmetic import filled, map_gradients, varying_axes, wide
+from nag_jax._checks import check_count, check_dtype, check_optimizer, given_params
 from nag_jax.kernel import OuterState
 
 
@@ -87,7 +86,10 @@ def outer(
       Nesterov outer optimizer, 2025, arXiv:2510.15830. Therien et al., MuLoCo: Muon is a practical
       inner optimizer for DiLoCo, 2025, arXiv:2505.23725.
     """
-    _check(inner, outer_optimizer, every, slow_dtype)
+    check_optimizer("inner", inner)
+    check_optimizer("outer_optimizer", outer_optimizer)
+    check_count("every", every, hint='under inject_hyperparams name it in static_args=("every",)')
+    check_dtype("slow_dtype", slow_dtype)
     inner = optax.with_extra_args_support(inner)
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)
 
@@ -104,8 +106,7 @@ def outer(
         sync: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OuterState]:
-        if params is None:
-            raise ValueError("outer needs params: call optimizer.update(gradients, state, params)")
+        params = given_params("outer", params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         steps = state.steps + 1
 
@@ -123,12 +124,8 @@ def outer(
             if axis_name is not None:
                 gradient = jax.lax.pmean(gradient, axis_name)
             moves, new_state = outer_optimizer.update(gradient, outer_state, slow)
-            new_slow = jax.tree.map(
-                lambda move, s: s if move is None else _like(wide(s) + move, s),
-                moves,
-                slow,
-                is_leaf=lambda node: node is None,
-            )
+            moved = map_gradients(lambda move, s: _like(wide(s) + move, s), moves, slow)
+            new_slow = filled(moved, slow)
             updates = map_gradients(
                 lambda u, p, s: _like(wide(s.astype(p.dtype)) - wide(p), u),
                 updates,
@@ -187,22 +184,6 @@ def resynchronize(params: Any, opt_state: Any) -> Any:
         )
         params = jax.tree_util.tree_map_with_path(exact, params)
     return params
-
-
-def _check(inner: Any, outer_optimizer: Any, every: Any, slow_dtype: Any) -> None:
-    for name, optimizer in (("inner", inner), ("outer_optimizer", outer_optimizer)):
-        if not isinstance(optimizer, optax.GradientTransformation):
-            raise ValueError(
-                f"{name} must be an optax.GradientTransformation such as nag_jax.nag(0.7, 0.9), "
-                f"got {optimizer!r}"
-            )
-    whole = isinstance(every, int) and not isinstance(every, bool)
-    if not isinstance(every, Tracer) and not (whole and every >= 1):
-        raise ValueError(
-            f"every must be an int of at least 1, the inner steps per outer step, got {every!r}; "
-            'under inject_hyperparams name it in static_args=("every",)'
-        )
-    check_dtype("slow_dtype", slow_dtype)
 
 
 def _copy(p: Any, slow_dtype: Any) -> Any:

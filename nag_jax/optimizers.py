@@ -8,6 +8,7 @@ import optax
 
 from nag_jax import rules
 from nag_jax._checks import check_choice, check_range
+from nag_jax._rule import check_momentum
 from nag_jax.kernel import AccelerateState, accelerate
 
 
@@ -166,7 +167,7 @@ def nag_then_sgd(
         if callable(value):
             raise ValueError(f"{name} must be a number here, since the hand-over schedules it")
     check_range("learning_rate", learning_rate, 0.0)
-    rules.check_momentum(momentum)
+    check_momentum(momentum)
     check_range("switch_step", switch_step, 0)
     check_range("transition_steps", transition_steps, 0, switch_step + 1)
     effective = learning_rate / (1 - momentum)

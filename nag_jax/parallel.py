@@ -47,23 +47,23 @@ def train_step(
     ``step(params, state, batch) -> (params, state, metrics)`` is compiled once, donates params and
     state, and makes in each mode the update of the whole batch on one device,
 
-    .. math:: g = \sum_i w_i \nabla f_i(p) \Big/ \sum_i w_i
+    .. math:: g = \frac{\sum_i w_i \nabla f_i(p)}{\sum_i w_i}
 
     over the devices' and micro-batches' pieces i of the batch, with their rows as weights.
     The optimizer sees g alone, so clipping, restarts and line searches (which are given ``value``,
     ``grad`` and ``value_fn`` of the whole batch) need to know nothing of devices.
 
-    =============  ===============================================================================
-    ``mode``       what ``loss_fn`` sees, and where parameters may lie
-    =============  ===============================================================================
-    ``"jit"``      the whole batch; XLA divides the work. Parameters whole, or split over any axes
-                   of the mesh (FSDP, tensor parallelism). With ``accumulate`` above 1 and whole
-                   parameters: as "shard_map".
+    ===============  =============================================================================
+    ``mode``         what ``loss_fn`` sees, and where parameters may lie
+    ===============  =============================================================================
+    ``"jit"``        the whole batch; XLA divides the work. Parameters whole, or split over any
+                     axes of the mesh (FSDP, tensor parallelism). With ``accumulate`` above 1 and
+                     whole parameters: as "shard_map".
     ``"shard_map"``  a device's rows, and ``axis`` for collectives of its own (BatchNorm over all
-                   devices). Parameters whole along ``axis``.
-    ``"pmap"``     as "shard_map", for programs of that time: one axis, one process, not inside
-                   other transformations.
-    =============  ===============================================================================
+                     devices). Parameters whole along ``axis``.
+    ``"pmap"``       as "shard_map", for programs of that time: one axis, one process, not inside
+                     other transformations.
+    ===============  =============================================================================
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a mean over the rows of the batch it gets. Called with

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import map_gradients
+from nag_jax._arithmetic import filled, map_gradients
 from nag_jax._blocks import BlockState, block_shape, encode, rescale, zero_scales
-from nag_jax._checks import check_range
+from nag_jax._checks import check_range, given_params
 from nag_jax._rounding import check_seed, next_key, start_key, to_bfloat16, uniform_bits
-from nag_jax._storage import Storage, keep_where_none, map_numbered, zeros
+from nag_jax._storage import Storage, map_numbered, zeros
 
 
 class NoiseState(NamedTuple):
@@ -76,7 +76,7 @@ def stochastic_bfloat16(seed: int = 0) -> Storage:
             bits = uniform_bits(memory.key, leaf, x.shape)
             return to_bfloat16(x.astype(jnp.float32), bits).astype(m.dtype)
 
-        return keep_where_none(map_numbered(rounded, x, m), m), NoiseState(next_key(memory.key))
+        return filled(map_numbered(rounded, x, m), m), NoiseState(next_key(memory.key))
 
     return Storage(init, store)
 
@@ -141,8 +141,8 @@ def int8_blocks(
                 return x.astype(m.dtype)
             return encode(x, scales, uniform_bits(memory.key, leaf, x.shape))
 
-        scales = keep_where_none(map_gradients(rescale, x, memory.scales), memory.scales)
-        m = keep_where_none(map_numbered(encoded, x, m, scales), m)
+        scales = filled(map_gradients(rescale, x, memory.scales), memory.scales)
+        m = filled(map_numbered(encoded, x, m, scales), m)
         return m, BlockState(next_key(memory.key), scales)
 
     return Storage(init, store)
@@ -210,10 +210,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, RoundingState]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "stochastic_rounding needs params: call optimizer.update(gradients, state, params)"
-            )
+        params = given_params("stochastic_rounding", params)
 
         def rounded(leaf: int, u: jax.Array, p: jax.Array) -> jax.Array:
             if p.dtype != jnp.bfloat16:

@@ -1,4 +1,4 @@
-"""Proximal steps: constraints and non-smooth penalties as the head of a chain.
+"""Proximal steps: constraints and non-smooth penalties as the head of a chain. ::
 
     chain(prox_step(l1(0.1), learning_rate), accelerate(rules.fista(), restart=restart.gradient))
 

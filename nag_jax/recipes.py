@@ -6,7 +6,7 @@ import optax
 
 from nag_jax import restart as conditions
 from nag_jax import rules
-from nag_jax._checks import check_choice, check_range
+from nag_jax._checks import check_range
 from nag_jax.kernel import accelerate
 from nag_jax.local import outer
 from nag_jax.optimizers import nag
@@ -66,7 +66,7 @@ def fista(
     check_range("learning_rate", learning_rate, 0.0)
     head = _descent(learning_rate) if prox is None else prox_step(prox, learning_rate)
     kernel = accelerate(
-        rules.fista(), restart=_condition(restart), accumulator_dtype=accumulator_dtype
+        rules.fista(), restart=conditions.by_name(restart), accumulator_dtype=accumulator_dtype
     )
     return optax.chain(head, kernel)
 
@@ -101,7 +101,7 @@ def ogm(
     """
     check_range("learning_rate", learning_rate, 0.0)
     kernel = accelerate(
-        rules.ogm(), restart=_condition(restart), accumulator_dtype=accumulator_dtype
+        rules.ogm(), restart=conditions.by_name(restart), accumulator_dtype=accumulator_dtype
     )
     return optax.chain(_descent(learning_rate), kernel)
 
@@ -186,11 +186,9 @@ def snoo(
     code. That code makes its first outer step after the first inner one; here it is after k.
 
     Args:
-      inner: the optimizer, learning rate included.
+      inner: as in :func:`lookahead`; so are every and slow_dtype.
       learning_rate: of the outer step, at least 0, or a schedule of the outer step.
       momentum: of the outer step, in [0, 1), or a schedule of the outer step.
-      every: k, inner steps per outer step, at least 1.
-      slow_dtype: as in ``outer``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
@@ -226,10 +224,7 @@ def diloco(
     Args:
       inner: the optimizer of each worker, learning rate included; AdamW in the paper.
       axis_name: the axis or axes of the workers, inside ``shard_map``, ``pmap`` or ``vmap``.
-      learning_rate: of the outer step, at least 0, or a schedule of the outer step.
-      momentum: of the outer step, in [0, 1), or a schedule of the outer step.
-      every: H, inner steps per outer step, at least 1.
-      slow_dtype: as in ``outer``.
+      learning_rate: as in :func:`snoo`; so are momentum, every (H) and slow_dtype.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
@@ -259,10 +254,3 @@ def diloco(
 
 def _descent(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return optax.scale_by_learning_rate(learning_rate)
-
-
-def _condition(restart: Any) -> Any:
-    if restart is None or callable(restart):
-        return restart
-    check_choice("restart", restart, ("gradient", "value", "speed"))
-    return getattr(conditions, restart)

@@ -10,10 +10,36 @@ number that it sees again at the next step. A new one is one more function; none
 
 from typing import Any
 
-from nag_jax._checks import check_range
+from nag_jax._checks import check_count
 from nag_jax._restarting import Condition as Condition
 from nag_jax._restarting import RestartState as RestartState
 from nag_jax._restarting import Seen as Seen
+
+
+def by_name(condition: str | Condition | None) -> Condition | None:
+    """The condition of that name; a condition itself, and None for never, as they are.
+
+    Args:
+      condition: "gradient", "value", "speed", a condition or None.
+
+    Returns:
+      A condition or None.
+
+    Raises:
+      ValueError: for anything else.
+
+    >>> nag_jax.restart.by_name("speed") is nag_jax.restart.speed
+    True
+    """
+    if condition is None or callable(condition):
+        return condition
+    named = {"gradient": gradient, "value": value, "speed": speed}
+    if not isinstance(condition, str) or condition not in named:
+        raise ValueError(
+            "restart must be one of 'gradient', 'value', 'speed', a condition such as "
+            f"nag_jax.restart.every(100), or None for never, got {condition!r}"
+        )
+    return named[condition]
 
 
 def gradient(seen: Seen) -> tuple[Any, Any]:
@@ -83,5 +109,5 @@ def every(n: int) -> Condition:
 
     >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.every(100))
     """
-    check_range("n", n, 1)
+    check_count("n", n)
     return lambda seen: (seen.steps + 1 >= n, seen.remembered)

@@ -1,8 +1,8 @@
 """Rules: each Nesterov-type method as a few scalars a step, for ``accelerate``.
 
-What a rule is stands in ``_rule.py``. Here are Nesterov's own methods, whose scalars are the
-momentum alone; ``rules_optimal`` has the worst-case optimal ones and ``rules_stochastic`` those
-made for noise and for averaging. All are public here, as ``rules.ogm`` and so on.
+What a rule is stands in ``_rule.py``. ``rules_optimal`` has the worst-case optimal ones and
+``rules_stochastic`` those made for noise and for averaging; all are public here, as ``rules.ogm``
+and so on. The scalars of Nesterov's own methods, which are here, are the momentum alone::
 
     m' = momentum*(m + u),  update = u + m',  x_eval = params - m'
 """
@@ -16,8 +16,7 @@ from nag_jax._checks import check_range
 from nag_jax._rule import Coefficients as Coefficients
 from nag_jax._rule import Rule as Rule
 from nag_jax._rule import Scalar as Scalar
-from nag_jax._rule import at_step, check_conditioning, first_step
-from nag_jax._rule import check_momentum as check_momentum
+from nag_jax._rule import at_step, check_conditioning, check_momentum, first_step
 from nag_jax._rule import constant as constant
 from nag_jax.rules_optimal import item as item
 from nag_jax.rules_optimal import lessard as lessard

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._checks import check_range
+from nag_jax._checks import check_count, check_range
+from nag_jax._rule import check_conditioning
 
 Step = Any  # a Python int or an integer array
 
@@ -54,7 +55,7 @@ def sutskever(
     """
     check_range("max_momentum", max_momentum, 0.0, 1.0)
     check_range("final_momentum", final_momentum, 0.0, 1.0)
-    check_range("period", period, 1)
+    check_count("period", period)
     check_range("final_steps", final_steps, 0)
     if total_steps is not None and not total_steps > final_steps:
         raise ValueError(
@@ -106,14 +107,11 @@ def convex(a: float = 2.0) -> optax.Schedule:
     return schedule
 
 
-def strongly_convex(q: float) -> optax.Schedule:
-    r"""The constant momentum for strongly convex functions of known conditioning.
-
-    .. math:: \mu = \frac{1 - \sqrt q}{1 + \sqrt q}
+def strongly_convex(q: Any) -> optax.Schedule:
+    """The constant momentum of ``rules.strongly_convex``, as a schedule.
 
     Args:
-      q: strong convexity over smoothness, mu/L, in (0, 1]; not above the true one, or the rate
-        is lost. 1/q is the condition number.
+      q: strong convexity over smoothness, mu/L, in (0, 1].
 
     Returns:
       A schedule step -> momentum.
@@ -127,9 +125,7 @@ def strongly_convex(q: float) -> optax.Schedule:
     References:
       Nesterov, Introductory Lectures on Convex Optimization, 2004, section 2.2.
     """
-    if isinstance(q, str) or not 0.0 < q <= 1.0:
-        raise ValueError(f"q = mu/L must be in (0, 1], got {q!r}; 1/q is the condition number")
-    root = float(q) ** 0.5
+    root = check_conditioning(q) ** 0.5
     return optax.constant_schedule((1 - root) / (1 + root))
 
 

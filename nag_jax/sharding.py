@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nag_jax._checks import check_range
+from nag_jax._checks import check_count, check_optimizer
 
 
 def zero1(
@@ -44,8 +44,8 @@ def zero1(
       that it will keep split.
 
     Raises:
-      ValueError: if the mesh has no such axis or min_size is below 1; from update, inside
-        ``pmap`` or ``shard_map``.
+      ValueError: if optimizer is none, the mesh has no such axis or min_size is below 1; from
+        update, inside ``pmap`` or ``shard_map``.
 
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
     >>> optimizer = nag_jax.zero1(nag_jax.nag(0.1), mesh)
@@ -58,8 +58,9 @@ def zero1(
       Rajbhandari, Rasley, Ruwase, He, ZeRO: memory optimizations toward training trillion
       parameter models, 2019, arXiv:1910.02054, section 5.1 (stage 1).
     """
+    check_optimizer("optimizer", optimizer)
     check_axis(mesh, axis)
-    check_range("min_size", min_size, 1)
+    check_count("min_size", min_size)
     inner = optax.with_extra_args_support(optimizer)
     whole = NamedSharding(mesh, PartitionSpec())
 

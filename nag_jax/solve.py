@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import wide
-from nag_jax._checks import check_prox, check_range
+from nag_jax._checks import check_count, check_optimizer, check_prox, check_range
 from nag_jax.kernel import eval_params, find_states
 from nag_jax.proximal import Prox
 from nag_jax.stepsize import backtracking
@@ -30,11 +30,11 @@ class Result(NamedTuple):
     """What :func:`minimize` returns; scalars are arrays, so that it can be jitted and vmapped."""
 
     params: Any  # the iterate to evaluate, like the start
-    value: jax.Array  # fun(params), without a penalty
-    error: jax.Array  # the last error measured; at most tol if converged
-    steps: jax.Array  # gradients evaluated, int32
-    converged: jax.Array  # bool; reason is TOLERANCE and value is finite
-    reason: jax.Array  # int32, one of Reason
+    value: jax.Array  # fun(params), without a penalty, shape=()
+    error: jax.Array  # the last one measured, at most tol if converged, shape=(), float32 at least
+    steps: jax.Array  # gradients evaluated, shape=(), int32
+    converged: jax.Array  # reason is TOLERANCE and value is finite, shape=(), bool
+    reason: jax.Array  # one of Reason, shape=(), int32
 
 
 class _Loop(NamedTuple):
@@ -102,7 +102,9 @@ def minimize(
       Blondel et al., Efficient and modular implicit differentiation, 2021, arXiv:2105.15183.
     """
     check_range("tol", tol, 0.0)
-    check_range("max_steps", max_steps, 1)
+    check_count("max_steps", max_steps)
+    if optimizer is not None:
+        check_optimizer("optimizer", optimizer)
     if prox is not None:
         check_prox(prox)
     params = jax.tree.map(jnp.asarray, params)
@@ -154,7 +156,7 @@ def largest_curvature(fun: Callable[[Any], Any], params: Any, *, max_steps: int 
     >>> print(f"{nag_jax.largest_curvature(fun, jnp.ones(3)):.2f}")
     3.06
     """
-    check_range("max_steps", max_steps, 1)
+    check_count("max_steps", max_steps)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
     start = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=False)]

@@ -10,7 +10,7 @@ import optax
 from nag_jax import _restarting
 from nag_jax import restart as conditions
 from nag_jax._arithmetic import filled, map_gradients, real_like, wide
-from nag_jax._checks import check_choice, check_prox, check_range
+from nag_jax._checks import check_prox, check_range
 from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import AccelerateState
 from nag_jax.proximal import Prox
@@ -116,10 +116,7 @@ def backtracking(
     check_range("grow", grow, 1.0)
     check_range("grow_at_first", grow_at_first, 1.0)
     check_range("shrink", shrink, 0.0, 1.0, low_open=True)
-    if isinstance(restart, str):
-        check_choice("restart", restart, ("gradient", "value", "speed"))
-        restart = getattr(conditions, restart)
-    _restarting.check(restart)
+    restart = conditions.by_name(restart)
 
     def init(params: optax.Params) -> AccelerateState:
         scalar = lambda x: jnp.full([], x, float)
@@ -227,8 +224,8 @@ def _step(g: Any, params: Any, prox: Any, lr: Any) -> Any:
 
 
 def _moved(params: Any, u: Any) -> Any:
-    move = lambda u, p: p if u is None else (wide(p) + wide(u)).astype(jnp.result_type(p))
-    return jax.tree.map(move, u, params, is_leaf=lambda node: node is None)
+    move = lambda u, p: (wide(p) + wide(u)).astype(jnp.result_type(p))
+    return filled(map_gradients(move, u, params), params)
 
 
 def _corrected(mass: jax.Array, lr: jax.Array) -> jax.Array:

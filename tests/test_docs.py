@@ -1,10 +1,13 @@
 """Every example in a docstring and every Python block of a page runs and says the truth."""
 
+import ast
 import doctest
 import importlib
+import itertools
 import pkgutil
 import re
 from pathlib import Path
+from types import FunctionType
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +19,27 @@ import nag_jax
 MODULES = [m.name for m in pkgutil.iter_modules(nag_jax.__path__, "nag_jax.")]
 NAMES = dict(jax=jax, jnp=jnp, optax=optax, nag_jax=nag_jax, rules=nag_jax.rules)
 ROOT = Path(__file__).parent.parent
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{number}")
-    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
-    for number, block in enumerate(
-        re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    )
+PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+OPTIONAL = {"jaxopt", "torch"}  # what pages compare with; nothing else may be missing
+
+
+def programs(page):
+    """Its Python blocks; one that imports nothing goes on from the one before it."""
+    text, found = page.read_text(), []
+    for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        # As many lines as there are before it, so that a traceback names the line of the page.
+        block = "\n" * (text.count("\n", 0, match.start()) + 1) + match[1]
+        if found and not re.search(r"^(import|from) ", block, flags=re.MULTILINE):
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return found
+
+
+PROGRAMS = [
+    pytest.param(page, blocks, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, blocks in enumerate(programs(page))
 ]
 
 
@@ -40,6 +58,59 @@ def test_public_functions_are_documented(name):
     assert plain_data or ">>>" in documentation or "Raises:" in documentation
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_blocks_of_the_pages_run(block):
-    exec(compile(block, "<block>", "exec"), {})
+@pytest.mark.filterwarnings("ignore:JAXopt is no longer maintained")
+@pytest.mark.parametrize(("page", "blocks"), PROGRAMS)
+def test_blocks_of_the_pages_run(page, blocks):
+    imported = set(re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks), flags=re.MULTILINE))
+    for name in sorted(imported & OPTIONAL):
+        pytest.importorskip(name)
+    names = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+def public(module):
+    """The functions and classes that a module defines or re-exports (``X as X``)."""
+    names = set()
+    for node in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names if alias.name == alias.asname}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+    kinds = FunctionType | type
+    return {n for n in names if n[0] != "_" and isinstance(getattr(module, n), kinds)}
+
+
+def test_the_api_reference_has_every_public_name_once():
+    documented = []
+    for page in sorted(ROOT.glob("docs/api/*.rst")):
+        module = "nag_jax"
+        for kind, name in re.findall(r"^\.\. (\w+):: ([\w.]+)$", page.read_text(), re.MULTILINE):
+            if kind in ("automodule", "currentmodule"):
+                module = name
+            elif kind in ("autofunction", "autoclass"):
+                documented.append(f"{module}.{name}")
+    modules = (nag_jax, nag_jax.rules, nag_jax.schedules, nag_jax.restart, nag_jax.proximal)
+    expected = [f"{m.__name__}.{name}" for m in modules for name in public(m)]
+    assert len(expected) > 70
+    assert sorted(documented) == sorted(expected)
+
+
+def test_links_between_the_pages_lead_somewhere():
+    links = [
+        (page, target)
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#:\s]+)\)", page.read_text())
+    ]
+    assert len(links) > 30
+    for page, target in links:
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_a_block_without_imports_goes_on_from_the_one_before():
+    tutorial = next(page for page in PAGES if page.name == "tutorial.md")
+    assert [len(blocks) for blocks in programs(tutorial)] == [
+        tutorial.read_text().count("```python")
+    ]
+    lines = [len(block.splitlines()) for block in programs(tutorial)[0]]
+    assert all(a < b for a, b in itertools.pairwise(lines))

@@ -384,8 +384,8 @@ def test_a_state_that_holds_one_array_twice_can_be_donated():
 
 
 def wrong_gradients():
-    """The table of docs/many_devices.md: for each body of a step, what it gives in each mapping."""
-    page = (Path(__file__).parent.parent / "docs" / "many_devices.md").read_text()
+    """The table of migrating/pmap.md: for each body of a step, what it gives in each mapping."""
+    page = (Path(__file__).parent.parent / "docs" / "migrating" / "pmap.md").read_text()
     table = page.split("| body of the step |")[1].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 

@@ -112,7 +112,7 @@ def test_linear_warms_up_holds_and_cools_down():
     ("make", "message"),
     [
         (lambda: schedules.sutskever(1.0), r"max_momentum must be in \[0, 1\), got 1"),
-        (lambda: schedules.sutskever(period=0), "period must be in"),
+        (lambda: schedules.sutskever(period=0), "period must be an int of at least 1, got 0"),
         (lambda: schedules.sutskever(total_steps=500), "must be more than final_steps=1000"),
         (lambda: schedules.strongly_convex("1"), "q = mu/L must be in"),
         (lambda: schedules.convex(1.5), r"a must be in \[2, inf\), got 1.5"),

@@ -304,6 +304,8 @@ def test_zero1_says_what_is_wrong():
     for mesh, axis in (("cpu", "data"), (mesh_of(), "model")):
         with pytest.raises(ValueError, match="mesh"):
             nag_jax.zero1(NAG, mesh, axis)
+    with pytest.raises(ValueError, match=r"optimizer must be an optax\.Gradient"):
+        nag_jax.zero1(nag_jax.nag, mesh_of())
     with pytest.raises(ValueError, match="min_size"):
         nag_jax.zero1(NAG, mesh_of(), min_size=0)
     step = nag_jax.train_step(loss, nag_jax.zero1(NAG, mesh_of()), mode="pmap")

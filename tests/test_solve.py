@@ -322,9 +322,11 @@ def test_largest_curvature():
 def test_errors():
     with pytest.raises(ValueError, match=r"tol must be in \[0, inf\), got -1"):
         minimize(least_squares, jnp.zeros(6), tol=-1.0)
-    with pytest.raises(ValueError, match=r"max_steps must be in \[1, inf\), got 0"):
+    with pytest.raises(ValueError, match=r"max_steps must be an int of at least 1, got 0"):
         minimize(least_squares, jnp.zeros(6), max_steps=0)
+    with pytest.raises(ValueError, match=r"optimizer must be an optax.Gradient.* got 'adam'"):
+        minimize(least_squares, jnp.zeros(6), "adam")
     with pytest.raises(ValueError, match=r"wrap it in proximal\.projection"):
         minimize(least_squares, jnp.zeros(6), prox=optax.projections.projection_simplex)
-    with pytest.raises(ValueError, match=r"max_steps must be in"):
+    with pytest.raises(ValueError, match=r"max_steps must be an int"):
         nag_jax.largest_curvature(least_squares, jnp.zeros(6), max_steps=0)
