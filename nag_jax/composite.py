@@ -32,7 +32,7 @@ def pogm(
 
     .. math::
         x_{k+1} = \mathrm{prox}_{r_k \epsilon}(x_k + a_k m_k - r_k \epsilon \nabla f(x_k)), \qquad
-        m_{k+1} = \frac{a_k}{r_k} m_k + \Big(1 - \frac{1}{r_k}\Big) (x_{k+1} - x_k)
+        m_{k+1} = \frac{a_k}{r_k} m_k + \Bigl(1 - \frac{1}{r_k}\Bigr) (x_{k+1} - x_k)
 
     with :math:`a_k = (t_k - 1)/t_{k+1}`, :math:`r_k = 1 + (2 t_k - 1)/t_{k+1}` and the t of
     ``rules.ogm(horizon)``, which it is without a prox. For the learning rate 1/L,
