@@ -79,20 +79,24 @@ def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [frozenset(getattr(jax.typeof(x), "vma", ())) & set(axes) for x in terms]
-    total = jnp.zeros([], float)
+    groups: dict[Any, list[jax.Array]] = {}
     for term, vary in zip(terms, varying, strict=True):
-        over = tuple(vary) if any(varying) else axes
-        total = total + (jax.lax.psum(term, over) if over else term)
+        groups.setdefault(tuple(vary) if any(varying) else axes, []).append(term)
+    total = jnp.zeros([], float)
+    for over, group in groups.items():
+        # One sum: XLA would repeat a chain of additions wherever its result is used.
+        partial = _total(jnp.stack(group))
+        total = total + (jax.lax.psum(partial, over) if over else partial)
     return total
 
 
 def _total(x: jax.Array) -> jax.Array:
     """The sum of all elements."""
-    if x.ndim < 2 or x.size < 2**16 or x.shape[-1] % 8:
-        return jnp.sum(x)
-    # XLA on CPU hands a plain sum to a library, and for that first writes out what is summed. An
-    # addition that it does not know for one, over the sum of eight slices, takes half the time.
+    # XLA on CPU hands a plain sum to a library. For that it first writes out what is summed, and
+    # for many leaves takes minutes to compile; not so for an addition that it does not know.
     add = lambda a, b: jnp.where(jnp.isnan(a), a, a + b)
-    folded = functools.reduce(jnp.add, jnp.split(x, 8, -1))
-    rows = jax.lax.reduce(folded, jnp.zeros([], x.dtype), add, (x.ndim - 1,))
-    return jnp.sum(rows)
+    if x.ndim > 1 and x.shape[-1] % 8 == 0:  # eight partial sums can be computed side by side
+        x = functools.reduce(jnp.add, jnp.split(x, 8, -1))
+    zero = jnp.zeros([], x.dtype)
+    rows = jax.lax.reduce(x, zero, add, (x.ndim - 1,)) if x.ndim > 1 else x
+    return jax.lax.reduce(rows, zero, add, tuple(range(rows.ndim)))
