@@ -94,7 +94,8 @@ def _total(x: jax.Array) -> jax.Array:
     """The sum of all elements."""
     # XLA on CPU hands a plain sum to a library. For that it first writes out what is summed, and
     # for many leaves takes minutes to compile; not so for an addition that it does not know.
-    add = lambda a, b: jnp.where(jnp.isnan(a), a, a + b)
+    # (Not jnp.where: the function that it calls, inside a reduction in a loop, crashed jaxlib 0.10.)
+    add = lambda a, b: jax.lax.select(jax.lax.ne(a, a), a, a + b)
     if x.ndim > 1 and x.shape[-1] % 8 == 0:  # eight partial sums can be computed side by side
         x = functools.reduce(jnp.add, jnp.split(x, 8, -1))
     zero = jnp.zeros([], x.dtype)

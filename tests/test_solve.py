@@ -107,6 +107,7 @@ def test_a_value_that_is_not_finite_is_no_success():
     assert not result.converged
 
 
+@pytest.mark.filterwarnings("ignore:momentum 0.98 in a")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_no_more_progress(dtype):
     """Far from 0 the gradient cannot become smaller than rounding lets it."""
