@@ -10,10 +10,7 @@ Hessian for a learning rate of 1/L are counted apart.
 
 import importlib
 import json
-import platform
 import sys
-from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,8 @@ import numpy as np
 import optax
 
 import nag_jax
+from benchmarks.machine import describe_machine
+from benchmarks.readme import write_section
 from examples import convex
 
 HERE = Path(__file__).parent
@@ -53,7 +52,8 @@ def hessian_products(problem: convex.Problem) -> int:
 
 def jaxopt_iterates(jaxopt: Any, problem: convex.Problem, **arguments: Any) -> jax.Array:
     """Params of each iteration of its accelerated proximal gradient method."""
-    prox = lambda v, _, step=1.0: v if problem.prox is None else problem.prox(v, step)
+    # Under x64 optax's projections widen float32.
+    prox = lambda v, _, step=1.0: (problem.prox(v, step) if problem.prox else v).astype(v.dtype)
     solver = jaxopt.ProximalGradient(
         problem.loss, prox, acceleration=True, tol=0, maxiter=STEPS, implicit_diff=False,
         **arguments,
@@ -169,14 +169,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(results: dict[str, Any]) -> None:
-    """Replaces what stands between the markers of the benchmark's README."""
-    path, begin, end = HERE / "README.md", "<!-- convergence -->\n", "<!-- /convergence -->"
-    text = path.read_text()
-    before, after = text.split(begin)[0], text.split(end)[1]
-    path.write_text(f"{before}{begin}{table(results)}\n{end}{after}")
-
-
 def main() -> None:
     jaxopt = importlib.import_module("jaxopt")
     jax.config.update("jax_enable_x64", True)
@@ -185,20 +177,14 @@ def main() -> None:
         row for dtype in GAPS for name in names for row in measure(jaxopt, name, dtype)
     ]  # fmt: skip
     results = {
-        "command": "python -m benchmarks.convergence",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()} CPU, {jax.device_count()} device",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("jax", "optax", "jaxopt", "scikit-learn")},
-        },
+        **describe_machine("benchmarks.convergence", ("jax", "optax", "jaxopt", "scikit-learn")),
         "steps": STEPS,
         "rows": rows,
         "separable": separable(jaxopt),
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_readme(results)
+    write_section("convergence", table(results))
     print(table(results))
 
 

@@ -108,7 +108,7 @@ def torch_programs(shapes: Shapes) -> tuple[dict[str, Callable[[int], None]], st
     """PyTorch's SGD in the three ways, and a word on what could not be run."""
     if importlib.util.find_spec("torch") is None:
         return {}, "torch is not installed"
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     note = ""

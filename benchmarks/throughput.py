@@ -210,7 +210,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--also_ran", default="nothing else", help="for the result file")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {}
+    # Those of models that are not measured now stay.
+    results: dict[str, Any] = json.loads(_RESULT.read_text())["results"] if _RESULT.exists() else {}
     for model in arguments.models:
         results[model] = compare(model, arguments.rounds)
         print(model, results[model], flush=True)

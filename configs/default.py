@@ -3,6 +3,7 @@
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -35,7 +36,9 @@ def get_config() -> ConfigDict:
     config.model.width = 32  # dcgan: channels next to the image
 
     config.optimizer = ConfigDict()
-    # nag | nag_then_sgd | sgd | momentum | nesterov | adam | adamw | nadam | nadamw
+    # nag | nag_then_sgd | lookahead | snoo (both of nag) | heavy_ball | fista | qhm | gpa | agnes |
+    # mass | accsgd | srsgd (defaults of their papers) | sgd | momentum | nesterov | adam | adamw |
+    # nadam | nadamw, or nag_auto, which finds its learning rate and uses no schedule of it
     config.optimizer.name = "nag"
     config.optimizer.convention = "optax"  # nag: optax | sutskever
     config.optimizer.switch_step = 1000  # nag_then_sgd: the first step of SGD
@@ -50,7 +53,21 @@ def get_config() -> ConfigDict:
     config.schedule = "cosine"  # constant | cosine: down to 0 at the end
     config.warmup_epochs = 1.0  # linear, from 0
     config.num_epochs = 30
+    config.plateau = ConfigDict()  # lowers the learning rate when test results stop improving
+    config.plateau.patience = 0  # evaluations without a better one; 0: never
+    config.plateau.factor = 0.1
+    config.plateau.min_change = 0.0  # by how much better counts, in units of the test result
+    config.stop = ConfigDict()  # ends the run before num_epochs
+    config.stop.patience = 0  # evaluations without a better one; 0: never
+    config.stop.min_change = 0.0
+    config.stop.target = placeholder(float)  # test result to reach; None: never
     config.nonfinite = "stop"  # stop | skip: what to do with a step whose gradient is not finite
+
+    config.find_lr = False  # sweep learning rates instead of training, and suggest one
+    config.sweep = ConfigDict()
+    config.sweep.low = 1e-5
+    config.sweep.high = 10.0
+    config.sweep.steps = 200  # updates from low to high
 
     config.cpu_fusions = ("REDUCE",)  # what XLA leaves to YNNPACK on CPU: DOT, REDUCE, both, none
     config.scan = True  # many steps in one program; slow for convolutions on CPU

@@ -1,6 +1,6 @@
 """MLP classifier on scikit-learn's handwritten digits; nothing to download.
 
-Fashion-MNIST: --config.dataset=fashion_mnist --config.num_epochs=12
+Fashion-MNIST: --config.dataset=fashion_mnist --config.num_epochs=12 --config.checkpoint_every=0
 """
 
 from typing import Any

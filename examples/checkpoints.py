@@ -32,10 +32,14 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+        # Barriers of their own: threads of two managers would meet at each other's.
+        barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self._folder.name)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, create=True, multiprocessing_options=barriers
+        )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)  # orbax overlooks a file in its place
-            return ocp.CheckpointManager(self._folder, options=options)
+            return _Manager(self._folder, options=options)
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be used: {error.strerror}") from None
 
@@ -62,6 +66,8 @@ class Checkpoints:
         try:
             done = action()
         except Exception as error:  # orbax and tensorstore raise many kinds
+            if processes.lost_the_others(error):
+                raise
             reason = _first_line(error)
             raise UserError(f"{self._folder}/{step}: could not be written: {reason}") from None
         if done is False:
@@ -155,6 +161,14 @@ class Checkpoints:
             processes.say(f"{self._folder}/{step}: moved to {target}")
         processes.wait_for_all("moved checkpoints")
         self._manager = self._open()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the training loop to ask about signals: jax counts who asks how often."""
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
 
 
 def _named(tree: Any) -> dict[str, jax.Array]:

@@ -28,6 +28,16 @@ def check(config: Any) -> None:
         raise UserError(f"config.cpu_fusions must be some of {FUSIONS}, got {config.cpu_fusions}")
     if not (config.augment.shift >= 0 and 0 <= config.augment.zoom < 1):
         raise UserError("config.augment needs shift >= 0 and zoom in [0, 1)")
+    for group in ("plateau", "stop"):
+        for name in ("patience", "min_change"):
+            if not 0 <= config[group][name] < 2**31:
+                raise UserError(
+                    f"config.{group}.{name} must be at least 0, got {config[group][name]}"
+                )
+    if not 0 < config.plateau.factor < 1:
+        raise UserError(f"config.plateau.factor must be in (0, 1), got {config.plateau.factor}")
+    if not (0 < config.sweep.low < config.sweep.high < float("inf") and config.sweep.steps > 1):
+        raise UserError("config.sweep needs 0 < low < high and at least 2 steps")
     for name, choices in (("nonfinite", ("stop", "skip")), ("on_bad", ("refuse", "skip"))):
         if config[name] not in choices:
             raise UserError(f"config.{name} must be one of {choices}, got {config[name]!r}")

@@ -2,8 +2,9 @@
 
     python -m examples.convex [--plot convex.png]
 
-Lasso and elastic net on diabetes, least squares with non-negative weights, and L2-regularized
-logistic regression on breast cancer and digits: no step size is given, and none is tuned.
+Lasso and elastic net on diabetes, least squares with non-negative weights, a one-class support
+vector machine, which is a quadratic on the simplex, and L2-regularized logistic regression on
+breast cancer and digits: no step size is given, and none is tuned.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import datasets, linear_model
+from sklearn import datasets, linear_model, svm
+from sklearn.metrics.pairwise import rbf_kernel
 
 import nag_jax
 from nag_jax import proximal
@@ -74,9 +76,34 @@ def problems(dtype: Any = jnp.float64) -> list[Problem]:
             solve=linear(linear_model.LinearRegression(positive=True, fit_intercept=False)),
             **regression,
         ),
+        _one_class(dtype, 1e-6 if wide else 1e-5),
         _logistic("breast cancer", datasets.load_breast_cancer, dtype, 3e-7 if wide else 1e-5),
         _logistic("digits", datasets.load_digits, dtype, 1e-7 if wide else 5e-6),
     ]
+
+
+def _one_class(dtype: Any, tol: float) -> Problem:
+    """The dual of scikit-learn's one-class SVM with nu = 1/n: weights on the simplex."""
+    x = _standardized(datasets.load_breast_cancer(return_X_y=True)[0])
+    n, gamma = len(x), 0.01
+    kernel = jnp.asarray(rbf_kernel(x, gamma=gamma), dtype)
+
+    def solve() -> np.ndarray:
+        arguments: Any = dict(gamma=gamma, nu=1 / n, tol=1e-12)
+        model = svm.OneClassSVM(**arguments).fit(x)
+        weights = np.zeros(n)
+        weights[model.support_] = model.dual_coef_[0]
+        return weights
+
+    return Problem(
+        name="one-class SVM, breast cancer",
+        loss=lambda p: p @ kernel @ p / 2,
+        penalty=lambda p: 0.0,
+        prox=proximal.projection(optax.projections.projection_simplex),
+        start=jnp.full(n, 1 / n, dtype),
+        solve=solve,
+        tol=tol,
+    )
 
 
 def _logistic(name: str, load: Any, dtype: Any, tol: float) -> Problem:
@@ -119,7 +146,9 @@ def gap_curve(problem: Problem, optimizer: Any, steps: int) -> np.ndarray:
     def body(carry: Any, _: Any) -> Any:
         params, state = carry
         value, g = jax.value_and_grad(problem.loss)(params)
-        updates, state = optimizer.update(g, state, params, value=value)
+        updates, state = optimizer.update(
+            g, state, params, value=value, grad=g, value_fn=problem.loss
+        )
         params = optax.apply_updates(params, updates)
         x = nag_jax.eval_params(params, state) if accelerated else params
         return (params, state), problem.objective(x)
@@ -135,14 +164,17 @@ def plot(path: Path, steps: int = 1500) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    problem = next(p for p in problems() if "breast" in p.name)
+    problem = next(p for p in problems() if p.name == "logistic, breast cancer")
     lr = 1 / nag_jax.largest_curvature(problem.loss, problem.start)
+    ridge = 1 / len(datasets.load_breast_cancer(return_X_y=True)[1])  # the least curvature
     methods = {
         "gradient descent": optax.sgd(lr),
         "optax.sgd(nesterov=True), 0.9": optax.sgd(lr, 0.9, nesterov=True),
         "FISTA": nag_jax.fista(lr, restart=None),
         "FISTA + restart": nag_jax.fista(lr),
         "OGM + restart": nag_jax.ogm(lr),
+        "TMM": nag_jax.tmm(lr, q=float(lr) * ridge),
+        "backtracking, no step size": nag_jax.backtracking(),
     }
     low = float(problem.objective(jnp.asarray(problem.solve())))
     figure, axes = plt.subplots(figsize=(8.4, 4.2), layout="constrained")
@@ -159,14 +191,14 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to save the plot of gaps")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    print(f"{'problem':25} {'steps':>6} {'reason':>10} {'objective':>13} {'against sklearn':>16}")
+    print(f"{'problem':28} {'steps':>6} {'reason':>10} {'objective':>13} {'against sklearn':>16}")
     for problem in problems():
         result = nag_jax.minimize(problem.loss, problem.start, prox=problem.prox, tol=problem.tol)
         ours = float(problem.objective(result.params))
         theirs = float(problem.objective(jnp.asarray(problem.solve())))
         reason = nag_jax.Reason(int(result.reason)).name
         print(
-            f"{problem.name:25} {int(result.steps):6} {reason:>10} {ours:13.8f} "
+            f"{problem.name:28} {int(result.steps):6} {reason:>10} {ours:13.8f} "
             f"{(ours - theirs) / theirs:16.1e}"
         )
     if arguments.plot:

@@ -98,12 +98,12 @@ def tell(child: subprocess.Popen[str], number: int) -> None:
 
 
 def wait_for_first_failure(children: list[subprocess.Popen[str]]) -> int | None:
-    """The number of the first that fails; None if all end well."""
+    """The number of the first that fails, of several one that was killed; None if all end well."""
     while True:
         codes = [child.poll() for child in children]
-        for number, code in enumerate(codes):
-            if code:
-                return number
+        failed = [(code, number) for number, code in enumerate(codes) if code]
+        if failed:  # the others follow a killed one within milliseconds
+            return min(failed)[1]
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.05)

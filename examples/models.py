@@ -164,41 +164,6 @@ def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(features, momentum=BATCH_NORM_MOMENTUM, rngs=rngs)
 
 
-class GRU(nnx.Module):
-    """A character model: codes ``[batch, time]`` and state -> logits, state (Cho et al. 2014)."""
-
-    def __init__(self, symbols: int, embedding: int, hidden: int, *, rngs: nnx.Rngs):
-        self.hidden = hidden
-        self.embed = nnx.Embed(symbols, embedding, rngs=rngs)
-        self.inputs = nnx.Linear(embedding, 3 * hidden, rngs=rngs)
-        orthogonal = nnx.initializers.orthogonal()
-        self.recurrent = nnx.Linear(
-            hidden, 3 * hidden, use_bias=False, kernel_init=orthogonal, rngs=rngs
-        )
-        self.recurrent_bias = nnx.Param(jnp.zeros(3 * hidden))
-        self.logits = nnx.Linear(hidden, symbols, rngs=rngs)
-
-    def initial_state(self, batch: int) -> jax.Array:
-        return jnp.zeros((batch, self.hidden))
-
-    def __call__(self, codes: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gates = self.inputs(self.embed(codes))  # for all times at once
-        kernel, bias = self.recurrent.kernel[...], self.recurrent_bias[...]
-
-        def step(h: jax.Array, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
-            # A bias of its own for the candidate, inside the reset gate, as in cuDNN and PyTorch.
-            mixed = h @ kernel + bias[None]
-            reset_in, update_in, new_in = jnp.split(gate, 3, -1)
-            reset_h, update_h, new_h = jnp.split(mixed, 3, -1)
-            reset, update = nnx.sigmoid(reset_in + reset_h), nnx.sigmoid(update_in + update_h)
-            new = jnp.tanh(new_in + reset * new_h)
-            h = new + update * (h - new)
-            return h, h
-
-        state, hidden = jax.lax.scan(step, state, gates.swapaxes(0, 1))
-        return self.logits(hidden.swapaxes(0, 1)), state
-
-
 class Generator(nnx.Module):
     """DCGAN's generator for images of a side divisible by 4 (Radford et al. 2015)."""
 

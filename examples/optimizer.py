@@ -14,18 +14,36 @@ from nag_jax import rules
 
 
 class Optimizer(NamedTuple):
-    """A transformation, and ``hyperparameters(step) -> {name: value}`` of what it schedules."""
+    """A transformation, and what it used at a step.
+
+    ``hyperparameters(opt_state, step, scale) -> {name: value}`` may leave values on the device.
+    """
 
     transformation: optax.GradientTransformationExtraArgs
-    hyperparameters: Callable[[int], dict[str, Any]]
+    hyperparameters: Callable[[Any, int, float], dict[str, Any]]
 
 
-def make(config: Any, steps_per_epoch: int, total_steps: int) -> Optimizer:
-    """Builds it; UserError where a value of the config is out of range or unknown."""
+def make(
+    config: Any, steps_per_epoch: int, total_steps: int, rate: optax.Schedule | None = None
+) -> Optimizer:
+    """Builds it; UserError where a value of the config is out of range or unknown.
+
+    ``rate`` takes the place of the config's schedule of the learning rate. With
+    ``config.plateau.patience`` the state holds a factor on it, ``hyperparams["scale"]``.
+    """
+    name = config.optimizer.name
+    if name in ("nag_then_sgd", "nag_auto") and (rate or config.plateau.patience):
+        raise UserError(
+            f"config.optimizer.name={name} has a learning rate of its own, without "
+            "config.find_lr and config.plateau; take nag"
+        )
     try:
-        rate = _learning_rate(config, steps_per_epoch, total_steps)
+        rate = rate or _learning_rate(config, steps_per_epoch, total_steps)
         momentum = _momentum(config, steps_per_epoch, total_steps)
         transformation = _transformation(config, rate, momentum)
+        if config.plateau.patience:
+            scaled = lambda scale: _transformation(config, lambda t: scale * rate(t), momentum)
+            transformation = optax.inject_hyperparams(scaled)(scale=1.0)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
     if config.clip_norm:
@@ -34,11 +52,23 @@ def make(config: Any, steps_per_epoch: int, total_steps: int) -> Optimizer:
     if config.task == "adversarial":
         transformation = _two_players(transformation)
 
-    def hyperparameters(step: int) -> dict[str, Any]:
+    def hyperparameters(opt_state: Any, step: int, scale: float) -> dict[str, Any]:
         at = lambda value: float(rules.at_step(value, jnp.asarray(step)))
-        return {"learning_rate": at(rate), "momentum": at(momentum)}
+        found = {"learning_rate": scale * at(rate)}
+        if name == "nag_auto":
+            found = _found_rates(opt_state)
+        return found | {"momentum": at(momentum)}
 
     return Optimizer(transformation, hyperparameters)
+
+
+def _found_rates(opt_state: Any) -> dict[str, jax.Array]:
+    """Of nag_auto; copies, as the state is donated. A GAN has one for each player."""
+    found = {}
+    for path, rate in optax.tree.get_all_with_path(opt_state, "learning_rate"):
+        player = [f"{key.key}_" for key in path if isinstance(key, jax.tree_util.DictKey)]
+        found["".join(player) + "learning_rate"] = jnp.copy(rate)
+    return found
 
 
 def _learning_rate(config: Any, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
@@ -48,6 +78,8 @@ def _learning_rate(config: Any, steps_per_epoch: int, total_steps: int) -> optax
         end = max(total_steps, warmup + 1)
         return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, end)
     if config.schedule == "constant":
+        if not warmup:  # optax's would stay at 0
+            return optax.constant_schedule(config.learning_rate)
         return optax.warmup_constant_schedule(0.0, config.learning_rate, warmup)
     raise UserError(f"config.schedule must be one of constant, cosine, got {config.schedule!r}")
 
@@ -66,6 +98,19 @@ def _momentum(config: Any, steps_per_epoch: int, total_steps: int) -> optax.Scal
         return nag_jax.schedules.linear(top, initial=0.5 * top, warmup_steps=warmup)
     known = "constant, sutskever, convex, linear"
     raise UserError(f"config.momentum_schedule must be one of {known}, got {kind!r}")
+
+
+# Those that need neither exact gradients nor a constant of the problem; with the papers' defaults.
+_RULES: dict[str, Callable[[optax.ScalarOrSchedule], rules.Rule]] = {
+    "heavy_ball": rules.heavy_ball,
+    "fista": lambda momentum: rules.fista(),
+    "qhm": lambda momentum: rules.qhm(),
+    "gpa": lambda momentum: rules.gpa(),
+    "agnes": lambda momentum: rules.agnes(),
+    "mass": lambda momentum: rules.mass(),
+    "accsgd": lambda momentum: rules.accsgd(),
+    "srsgd": lambda momentum: rules.srsgd(),
+}
 
 
 def _transformation(
@@ -95,6 +140,9 @@ def _transformation(
             weight_decay_mask=mask,
             decay=config.decay,
         ),
+        "lookahead": lambda: nag_jax.lookahead(makers["nag"]()),
+        "snoo": lambda: nag_jax.snoo(makers["nag"]()),
+        "nag_auto": lambda: optax.chain(l2, nag_jax.nag_auto(momentum=momentum)),
         "sgd": lambda: optax.chain(l2, optax.sgd(rate)),
         "momentum": lambda: optax.chain(l2, optax.sgd(rate, number)),
         "nesterov": lambda: optax.chain(l2, optax.sgd(rate, number, nesterov=True)),
@@ -103,6 +151,9 @@ def _transformation(
         "nadam": lambda: optax.chain(l2, optax.nadam(rate, number, options.b2)),
         "nadamw": lambda: optax.nadamw(rate, number, options.b2, **decayed),
     }
+    for name, rule in _RULES.items():
+        chain = optax.chain(l2, optax.sgd(rate), nag_jax.accelerate(rule(momentum)))
+        makers[name] = lambda chain=chain: chain
     if options.name not in makers:
         known = ", ".join(makers)
         raise UserError(f"config.optimizer.name must be one of {known}, got {options.name!r}")

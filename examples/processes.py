@@ -1,5 +1,6 @@
 """Several processes that train one model together, through ``jax.distributed``."""
 
+import faulthandler
 import os
 import sys
 from typing import Any, NoReturn
@@ -47,6 +48,12 @@ def join(
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"the processes did not find each other: {reason}") from None
+    faulthandler.disable()  # jax ends a process that lost the others, and says so
+
+
+def lost_the_others(error: BaseException) -> bool:
+    """Whether it is what jax raises where another process no longer answers."""
+    return several() and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def is_first() -> bool:

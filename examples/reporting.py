@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from examples import plots, processes
+from examples.board import Board
 from examples.errors import UserError
 from examples.tasks import Task
 
@@ -26,7 +28,7 @@ class Reporter:
 
     def __init__(self, workdir: Path, task: Task, history: list[Row], total: int, board: bool):
         self.history, self._task, self._workdir = list(history), task, workdir
-        self._pending: tuple[Row, dict[str, Any]] | None = None
+        self._pending: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._writes, self._board = processes.is_first(), None
         self._log = workdir / "metrics.jsonl"
         if self._writes:
@@ -34,10 +36,7 @@ class Reporter:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
             temporary.replace(self._log)
         if self._writes and board:
-            from tensorboardX import SummaryWriter
-
-            last = int(history[-1]["step"]) if history else 0
-            self._board = SummaryWriter(str(workdir), purge_step=last + 1)
+            self._board = Board(workdir, int(history[-1]["step"]) if history else 0)
         columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()]
         self._progress = Progress(
             *columns, TextColumn("{task.fields[speed]}"), transient=True,
@@ -57,8 +56,11 @@ class Reporter:
         self._speed = steps * batch_size / elapsed if steps else 0.0
         self._progress.update(self._bar, completed=step, speed=f"{self._speed:,.0f} samples/s")
 
-    def add(self, row: Row, sums: dict[str, Any]) -> None:
-        """Takes a row; ``sums`` maps prefixes such as "train_" to sums on the device."""
+    def add(self, row: dict[str, Any], sums: dict[str, Any]) -> None:
+        """Takes a row; ``sums`` maps prefixes such as "train_" to sums on the device.
+
+        The values of the row may be on the device, too.
+        """
         self.flush()
         self._pending = row, sums
 
@@ -67,7 +69,8 @@ class Reporter:
         if self._pending is None:
             return
         (row, sums), self._pending = self._pending, None
-        fetched = jax.device_get(sums)
+        row, fetched = jax.device_get((row, sums))
+        row = {name: np.asarray(value).item() for name, value in row.items()}
         for prefix in (p for p in sums if fetched[p]["samples"] > 0):  # 0: all steps left out
             metrics = self._task.summarize({k: float(v) for k, v in fetched[prefix].items()})
             suffix = "_at_params" if prefix == "params_" else ""
@@ -81,14 +84,16 @@ class Reporter:
         try:
             with self._log.open("a") as log:
                 log.write(json.dumps(row) + "\n")
+            if self._board is not None:
+                scalars = {k: v for k, v in row.items() if k not in ("step", "epoch")}
+                if self._speed:
+                    scalars["samples_per_second"] = self._speed
+                self._board.write(scalars, int(row["step"]))
         except OSError as error:
-            raise UserError(f"{self._log}: cannot be written: {error.strerror}") from None
-        if self._board is not None:
-            scalars = {k: v for k, v in row.items() if k not in ("step", "epoch")}
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, int(row["step"]))
-            if self._speed:
-                self._board.add_scalar("samples_per_second", self._speed, int(row["step"]))
+            self._board = None
+            name = "metrics.jsonl or the events of TensorBoard"
+            message = f"{self._workdir}: {name} cannot be written: {error.strerror}"
+            raise UserError(message) from None
         self._progress.console.print(describe(row, self._speed), highlight=False, soft_wrap=True)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from flax import nnx
 from examples import augment, models
 from examples.data import Dataset
 from examples.errors import UserError
+from examples.recurrent import GRU
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -124,7 +125,7 @@ class LanguageModel(Task):
             raise UserError(f"config.model.name={config.model.name!r} cannot do text: use gru")
         self.names, model = dataset.names, config.model
         rngs = nnx.Rngs(key)
-        super().__init__(models.GRU(len(self.names), model.embedding, model.hidden, rngs=rngs))
+        super().__init__(GRU(len(self.names), model.embedding, model.hidden, rngs=rngs))
 
     def score_batch(self, model: Any, batch: Batch) -> tuple[jax.Array, Sums]:
         codes = batch["x"]

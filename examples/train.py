@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import nag_jax
-from examples import data, feeds, optimizer, plots, processes, steps, tasks
+from examples import data, feeds, lr_finder, optimizer, plots, processes, steps, stopping, tasks
 from examples.config_check import check
 from examples.errors import UserError
 from examples.layout import Layout
@@ -75,10 +75,13 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
     claim(workdir, config)
     saver = Saver(workdir, config, task)
     history: list[Row] = []
+    over = ""  # why it ended early
     if restored := saver.restore(state):
         state, history = restored.state, restored.meta["history"]
         feed.set_state(restored.meta["data"])
-        if restored.step == total and (workdir / "curves.png").exists():  # the last thing drawn
+        over = stopping.reason_to_end(config, task, history)
+        drawn = (workdir / "curves.png").exists()  # the last thing
+        if drawn and (over or restored.step == total):
             processes.say(f"{workdir}: finished before; {describe(history[-1])}")
             return history
         processes.say(f"{workdir}: going on from step {restored.step}")
@@ -90,6 +93,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
     refresh = steps.make_refresh(task, config.batch_size)
     reporter = Reporter(workdir, task, history, total, config.tensorboard)
     stop, step = StopRequest(), int(state.step)
+    scale = stopping.learning_rate_scale(config, task, history)
 
     with contextlib.ExitStack() as finally_do:  # all of it, the last first, whatever fails
         finally_do.callback(stop.restore)
@@ -97,18 +101,18 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
         finally_do.callback(reporter.close)
         finally_do.callback(feed.close)
         saver.save_best(step, state, reporter)  # killed between a checkpoint and its copy
-        while step < total:
-            end, stopping = next_stop(config, step, steps_per_epoch, total), stop.requested()
-            while step < end and not stopping:
+        while step < total and not over:
+            end, halting = next_stop(config, step, steps_per_epoch, total), stop.requested()
+            while step < end and not halting:
                 n = feed.stride or end - step
                 state = feed.advance(state, step, n)
                 step += n
-                stopping = stop.requested()
+                halting = stop.requested()
             reporter.advance(step, config.batch_size)
             now = due(config, step, steps_per_epoch, total) if step == end else Due()
             if now.row:
                 row = {"step": step, "epoch": step / steps_per_epoch}
-                row |= maker.hyperparameters(step - 1) | feed.counters()
+                row |= maker.hyperparameters(state.opt_state, step - 1, scale) | feed.counters()
                 sums, zeros = (
                     {"train_": state.sums},
                     {k: np.zeros(v.shape, v.dtype) for k, v in state.sums.items()},
@@ -123,10 +127,18 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
                 reporter.add(row, sums)
             if now.evaluation:
                 saver.save_best(step, state, reporter)
-            if stopping or now.checkpoint:
+                if stopping.is_wanted(config):
+                    reporter.flush()  # waits for the device
+                    scale = stopping.learning_rate_scale(config, task, reporter.history)
+                    state = stopping.with_scale(config, state, scale)
+                    over = stopping.reason_to_end(config, task, reporter.history)
+            if halting or now.checkpoint or over:
                 saver.save(step, state, reporter, feed.get_state())
-            if stopping and step < total:
+            if halting and step < total and not over:
+                saver.wait()
                 raise Interrupted(f"stopped at step {step} of {total}")
+        if over:
+            processes.say(f"ended at step {step} of {total}: {over}")
         saver.wait()
         params = evaluation_params(state)
         plots.save_results(workdir, task, params, refresh(params, feed.samples), test)
@@ -151,12 +163,18 @@ def due(config: Any, step: int, steps_per_epoch: int, total: int) -> Due:
     return Due(row, evaluation, step == total or step % every == 0)
 
 
+def find_learning_rate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
+    """In place of training; see :mod:`examples.lr_finder`."""
+    check(config)
+    setup, workdir = set_up(config), Path(workdir)
+    claim(workdir, config)
+    return lr_finder.find(config, workdir, setup)
+
+
 def evaluation_params(state: steps.TrainState) -> Any:
     """The iterate of NAG; other optimizers keep it as their params."""
-    states = jax.tree.leaves(
-        state.opt_state, is_leaf=lambda s: isinstance(s, nag_jax.AccelerateState)
-    )
-    if any(isinstance(s, nag_jax.AccelerateState) for s in states):
+    keeps_it = lambda s: isinstance(s, nag_jax.AccelerateState | nag_jax.OuterState)
+    if any(map(keeps_it, jax.tree.leaves(state.opt_state, is_leaf=keeps_it))):
         return nag_jax.eval_params(state.params, state.opt_state)
     return state.params
 
@@ -198,13 +216,14 @@ def main(arguments: list[str]) -> None:
         processes.join(
             options.coordinator, options.num_processes, options.process_id, options.distributed
         )
-        train_and_evaluate(options.config, options.workdir)
+        run = find_learning_rate if options.config.find_lr else train_and_evaluate
+        run(options.config, options.workdir)
     except (UserError, OSError) as error:
         end(f"error: {error}")
     except Interrupted as interrupted:
         sys.exit(f"{interrupted}; saved; the same command goes on from there")
     except jax.errors.JaxRuntimeError as error:
-        if not processes.several():
+        if not processes.lost_the_others(error):
             raise
         reason = str(error).partition("\n")[0]
         processes.end_at_once(

@@ -9,6 +9,7 @@ from examples.errors import UserError
 
 # May change when a run goes on.
 _FREE = {"data_dir", "devices", "checkpoint_every", "keep", "tensorboard"}
+_FREE |= {"find_lr", "sweep.low", "sweep.high", "sweep.steps"}
 
 
 def claim(workdir: Path, config: Any) -> None:

@@ -18,6 +18,14 @@ def real_like(scalar: Any, like: jax.Array) -> jax.Array:
     return jnp.asarray(scalar, jnp.finfo(jnp.promote_types(like.dtype, jnp.float32)).dtype)
 
 
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The axes of a checked ``shard_map`` over which ``x`` may differ; empty outside of one."""
+    aval = jax.typeof(x)
+    # jax 0.7 says it in the first attribute, 0.10 in the second.
+    axes = getattr(aval, "vma", None) or getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(axes, "varying", axes) or ())
+
+
 def map_gradients(function: Callable[..., Any], *trees: Any) -> Any:
     """``jax.tree.map`` that keeps a None of the first tree, whatever the others hold there."""
     return jax.tree.map(
@@ -25,3 +33,21 @@ def map_gradients(function: Callable[..., Any], *trees: Any) -> Any:
         *trees,
         is_leaf=lambda node: node is None,
     )
+
+
+def filled(tree: Any, default: Any) -> Any:
+    """``tree`` with the leaf of ``default`` where it has None."""
+    return jax.tree.map(
+        lambda leaf, other: other if leaf is None else leaf,
+        tree,
+        default,
+        is_leaf=lambda node: node is None,
+    )
+
+
+def applied(u: jax.Array, p: jax.Array) -> jax.Array:
+    """By how much ``optax.apply_updates`` moves ``p``, in float32 at least."""
+    if p.dtype.itemsize >= 4:
+        return wide(u)
+    kind = jnp.finfo(p.dtype)  # XLA would leave out a cast there and back
+    return jax.lax.reduce_precision(wide(p) + wide(u), kind.nexp, kind.nmant) - wide(p)

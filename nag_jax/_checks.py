@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jax.core import Tracer
 
 
@@ -40,6 +41,23 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Raises ValueError unless ``dtype`` is None or a floating dtype."""
+    if dtype is not None and not is_floating(dtype):
+        raise ValueError(
+            f"{name} must be a floating dtype such as jnp.float32, or None for the dtype of each "
+            f'parameter, got {dtype!r}; under inject_hyperparams name it in static_args=("{name}",)'
+        )
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether it is a floating dtype, and no array of one."""
+    try:
+        return jnp.issubdtype(dtype, jnp.floating) and not hasattr(dtype, "shape")
+    except TypeError:
+        return False
 
 
 def check_prox(prox: Any) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nag_jax._arithmetic import map_gradients
 from nag_jax._blocks import BlockState, decode
+from nag_jax._checks import is_floating
 
 
 class Storage(NamedTuple):
@@ -34,7 +35,7 @@ def choose(accumulator_dtype: Any) -> Storage:
     """The storage that ``accumulator_dtype`` stands for."""
     if isinstance(accumulator_dtype, Storage):
         return accumulator_dtype
-    if accumulator_dtype is not None and not _is_floating(accumulator_dtype):
+    if accumulator_dtype is not None and not is_floating(accumulator_dtype):
         raise ValueError(
             "accumulator_dtype must be a floating dtype such as jnp.float32, a storage such as "
             "nag_jax.stochastic_bfloat16(), or None for the dtype of each parameter, got "
@@ -63,7 +64,7 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
                 "needs floating or complex ones; leave it out with optax.masked"
             )
         if dtype is None:
-            return jnp.zeros_like(p)
+            return jnp.zeros_like(p, own)  # never of a weak type
         if jnp.issubdtype(own, jnp.complexfloating):
             floating = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
             return jnp.zeros_like(p, jnp.promote_types(floating, jnp.complex64))
@@ -91,10 +92,3 @@ def keep_where_none(new: Any, old: Any) -> Any:
 
 def _is_none(node: Any) -> bool:
     return node is None
-
-
-def _is_floating(dtype: Any) -> bool:
-    try:
-        return jnp.issubdtype(dtype, jnp.floating) and not hasattr(dtype, "shape")
-    except TypeError:
-        return False

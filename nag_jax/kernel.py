@@ -27,6 +27,15 @@ class AccelerateState(NamedTuple):
     storage: Any = ()  # NoiseState or BlockState if the buffer is stored by stochastic rounding
 
 
+class OuterState(NamedTuple):
+    """State of :func:`nag_jax.outer`; here, since :func:`eval_params` has to know it."""
+
+    inner: Any  # of the inner optimizer; kept over outer steps
+    slow: optax.Params  # where the round began, like params; their dtype, or slow_dtype
+    outer: Any  # of the outer optimizer
+    steps: jax.Array  # inner steps since the last outer step, shape=(), int32
+
+
 def accelerate(
     rule: Rule,
     restart: _restarting.Condition | None = None,
@@ -133,11 +142,16 @@ def eval_params(params: Any, opt_state: Any) -> Any:
     hold during training; its guarantees are about the iterate ``x = y + readout*m``. The
     difference vanishes with the step size. Do not train on from ``x``: keep ``params`` for that.
 
+    Under :func:`nag_jax.outer` it is the iterate of the outer optimizer as of the last outer step,
+    the same on all workers: the slow copy, or the x that belongs to it if that optimizer holds an
+    ``accelerate``.
+
     Args:
       params: any pytree, as trained; a ``flax.nnx`` state too.
-      opt_state: the matching state of any chain that holds :func:`accelerate`: through
-        ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``, ``inject_hyperparams``, or the
-        ``opt_state`` of a ``flax.nnx.Optimizer``. What was masked out comes back as it is.
+      opt_state: the matching state of any chain that holds :func:`accelerate` or
+        :func:`nag_jax.outer`: through ``optax.chain``, ``masked``, ``partition``, ``MultiSteps``,
+        ``inject_hyperparams``, or the ``opt_state`` of a ``flax.nnx.Optimizer``. What was masked
+        out comes back as it is.
 
     Returns:
       A pytree like params, same shapes and dtypes.
@@ -146,8 +160,7 @@ def eval_params(params: Any, opt_state: Any) -> Any:
       ValueError: if opt_state holds no state of ``accelerate``, more than one for the same
         parameter, or one that belongs to other parameters.
     """
-    is_state = lambda node: isinstance(node, AccelerateState)
-    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
+    states = _find_states(opt_state)
     if not states:
         raise ValueError(
             "opt_state holds no state of nag_jax.accelerate, got "
@@ -156,15 +169,21 @@ def eval_params(params: Any, opt_state: Any) -> Any:
         )
     # Matched by path: flax's variables are other nodes in the optimizer than in the model, and
     # where a mask left a parameter out, a path is all that is missing.
-    offsets: dict[Any, tuple[jax.Array, jax.Array]] = {}
+    offsets: dict[Any, tuple[Any, jax.Array]] = {}
     for state in states:
-        (readout,) = jax.tree.leaves(state.readout)
-        if jnp.ndim(readout):
+        outer = isinstance(state, OuterState)
+        (scalar,) = jax.tree.leaves(state.steps if outer else state.readout)
+        if jnp.ndim(scalar):
             raise ValueError(
-                f"opt_state is a stack of {jnp.shape(readout)} states, as jax.vmap or replication "
+                f"opt_state is a stack of {jnp.shape(scalar)} states, as jax.vmap or replication "
                 "makes them; use jax.vmap(nag_jax.eval_params)(params, opt_state)"
             )
-        for path, m in jax.tree_util.tree_leaves_with_path(_storage.read(state.m, state.storage)):
+        readout, tree = (
+            (None, _outer_iterate(state))
+            if outer
+            else (scalar, _storage.read(state.m, state.storage))
+        )
+        for path, m in jax.tree_util.tree_leaves_with_path(tree):
             if path in offsets:
                 raise ValueError(
                     "opt_state holds more than one state of nag_jax.accelerate for parameter "
@@ -181,7 +200,8 @@ def eval_params(params: Any, opt_state: Any) -> Any:
                 f"opt_state does not belong to params: {jax.tree_util.keystr(path)} has shape "
                 f"{jnp.shape(p)} in params and {jnp.shape(m)} in the buffer"
             )
-        return _mix(1.0, p, readout, m).astype(jnp.result_type(p))
+        x = m if readout is None else _mix(1.0, p, readout, m)
+        return x.astype(jnp.result_type(p))
 
     shifted = jax.tree_util.tree_map_with_path(shift, params)
     if offsets:
@@ -191,6 +211,15 @@ def eval_params(params: Any, opt_state: Any) -> Any:
             "init and update were given (for flax: nnx.state(model, nnx.Param))"
         )
     return shifted
+
+
+def _find_states(opt_state: Any) -> list[Any]:
+    is_state = lambda node: isinstance(node, AccelerateState | OuterState)
+    return [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
+
+
+def _outer_iterate(state: OuterState) -> Any:
+    return eval_params(state.slow, state.outer) if _find_states(state.outer) else state.slow
 
 
 def _mix(a: Scalar, x: jax.Array, b: Scalar, y: jax.Array) -> jax.Array:

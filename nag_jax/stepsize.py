@@ -9,12 +9,12 @@ import optax
 
 from nag_jax import _restarting
 from nag_jax import restart as conditions
-from nag_jax._arithmetic import map_gradients, real_like, wide
+from nag_jax._arithmetic import filled, map_gradients, real_like, wide
 from nag_jax._checks import check_choice, check_prox, check_range
+from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import AccelerateState
 from nag_jax.proximal import Prox
 
-_SEARCHES = 100  # trial steps in one call at most, where there is no momentum yet
 _ROUNDING = 4  # of values, in units of the precision
 _TELLING = 8  # a step this many times above rounding tells whether it was short enough
 
@@ -27,13 +27,15 @@ class BacktrackingState(NamedTuple):
     momentum: jax.Array  # m = momentum*(x_k - x_{k-1}), shape=(), default float dtype
     accepted: jax.Array  # steps taken, shape=(), int32
     retries: jax.Array  # calls that only shortened the step, shape=(), int32
+    values: jax.Array  # calls of value_fn, shape=(), int32
 
 
 def backtracking(
     prox: Prox | None = None,
     *,
-    initial: float | None = 1.0,
-    grow: float = 1.1,
+    initial: float | None = None,
+    grow: float = 1.05,
+    grow_at_first: float = 1.25,
     shrink: float = 0.5,
     restart: Any = "gradient",
     axis_name: Any = None,
@@ -54,17 +56,20 @@ def backtracking(
     next gradient is taken there; x stays. So, as long as no restart fires,
     :math:`f(x_k) - f^* \le R^2 / (2 \epsilon_k t_k^2)` without L being known.
 
-    A call costs one gradient, given, and one value more; several values where there is no
-    momentum (the first two calls and after a restart) and shorter steps need no new gradient. It
-    is a whole optimizer: no learning rate before it, nothing after it. Differences of values that
+    A call costs one gradient, given, and one value more. It costs more values, but no gradient,
+    where there is no momentum, so that y does not depend on the learning rate (the first two calls
+    and after a restart): there it doubles and halves to the longest step that passes. A shorter
+    step from the same y is also taken while :math:`\epsilon t^2` gets no smaller by it. It is a
+    whole optimizer: no learning rate before it, nothing after it. Differences of values that
     rounding hides, relative to f and to :math:`\sum |g_i y_i|`, change no learning rate.
 
     Args:
       prox: of a penalty or constraint beside the loss, from ``nag_jax.proximal``; None: none.
-      initial: where the first call starts its search for a learning rate, above 0; it doubles and
-        halves until the test just holds, at the price of a value each. None: :math:`|f| / \|g\|^2`,
-        which has the right units, so that f may be multiplied by anything.
+      initial: where the first call starts its search for a learning rate, above 0. None:
+        :math:`\sqrt 2 |f| / \|g\|^2`, which has the right units, so that it makes no difference
+        which ones f and params have.
       grow: factor of the learning rate after each step, at least 1.
+      grow_at_first: the same until a test has failed for the first time.
       shrink: factor after a failed test, in (0, 1).
       restart: "gradient", "value", "speed", None for never, or a condition from
         ``nag_jax.restart``; how often it fired is ``optax.tree.get(state, "restarts")``.
@@ -73,7 +78,7 @@ def backtracking(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``, ``value`` and
       ``value_fn``, as optax's line searches do; ``eval_params`` finds x. In its state are
-      ``learning_rate``, ``t``, ``accepted`` and ``retries``.
+      ``learning_rate``, ``t``, ``accepted``, ``retries`` and ``values``.
 
     Raises:
       ValueError: for arguments out of range; from update, if something it needs is missing.
@@ -109,6 +114,7 @@ def backtracking(
     if initial is not None:
         check_range("initial", initial, 0.0, low_open=True)
     check_range("grow", grow, 1.0)
+    check_range("grow_at_first", grow_at_first, 1.0)
     check_range("shrink", shrink, 0.0, 1.0, low_open=True)
     if isinstance(restart, str):
         check_choice("restart", restart, ("gradient", "value", "speed"))
@@ -120,7 +126,7 @@ def backtracking(
         count = lambda: jnp.zeros([], jnp.int32)
         return AccelerateState(
             m=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=p.dtype), params),
-            carry=BacktrackingState(scalar(0), scalar(1), scalar(0), count(), count()),
+            carry=BacktrackingState(scalar(0), scalar(1), scalar(0), count(), count(), count()),
             readout=scalar(-1),
             restart=() if restart is None else _restarting.start(),
         )
@@ -155,25 +161,32 @@ def backtracking(
             short = after <= value + dot(g, u) + model + rounding
             return (short | ~telling) & jnp.isfinite(after), telling
 
-        first = carry.learning_rate == 0
-        start = jnp.where(first, _guess(initial, value, dot(g, g)), carry.learning_rate)
-        lr, ok, telling = _search(test, start, first, carry.momentum == 0, shrink)
+        first, still = carry.learning_rate == 0, carry.momentum == 0
+        begin = jnp.full_like(value, initial or 0)
+        if initial is None:
+            # In the middle of what doubling and halving leave open.
+            begin = 2**0.5 * guess(value, dot(g, g))
+        start = jnp.where(first, begin, carry.learning_rate)
+        # mass is t_{k-1}^2 lr_{k-1}, 0 at first; y was made for this t unless there is no momentum.
+        mass = carry.t * (carry.t - 1) * carry.learning_rate
+        t = _corrected(mass, start)
+        floor = jnp.where(still, 0, start * (t - 1) / t)
+        lr, ok, telling, n = search(test, start, up=still, blind=first, floor=floor, shrink=shrink)
         u = _step(g, params, prox, lr)
+        t = jnp.where(still, _corrected(mass, lr), t)
 
-        # t for the learning rate tried; the product is t_{k-1}^2 lr_{k-1}, which does not change.
-        mass = carry.t * (carry.t - 1) * jnp.where(first, lr, carry.learning_rate)
-        t = _corrected(mass, lr)
-        shorter, longer = (_within(lr * factor) for factor in (shrink, grow))
-        longer = jnp.where(telling, longer, lr)
+        factor = jnp.where(carry.retries == 0, grow_at_first, grow)
+        new_lr = within(lr * jnp.where(ok, jnp.where(telling, factor, 1), shrink))
         fire, memory = jnp.asarray(False), state.restart
         if restart is not None:
             fire, memory = _restarting.decide(restart, memory, u, state.m, axis_name, value)
             memory = jax.tree.map(lambda a, b: jnp.where(ok, a, b), memory, state.restart)
             fire = fire & ok
-        new_lr = jnp.where(fire, lr, jnp.where(ok, longer, shorter))
-        new_t = jnp.where(fire, 1, _corrected(jnp.where(ok, t * t * lr, mass), new_lr))
+        # After a restart the step was the first one of a new run, from y.
+        t = jnp.where(fire, 1, t)
+        new_t = _corrected(jnp.where(ok, t * t * lr, mass), new_lr)
         # m' = scale*(m + u) after a step; without one the same x - x_before, for the new lr.
-        scale = jnp.where(ok, jnp.where(fire, 0, t - 1), t) / new_t
+        scale = jnp.where(ok, t - 1, t) / new_t
         m = map_gradients(
             lambda u, m: (
                 real_like(scale, m) * (wide(m) + jnp.where(ok, wide(u), jnp.zeros_like(wide(u))))
@@ -181,14 +194,15 @@ def backtracking(
             u,
             state.m,
         )
-        m = jax.tree.map(
-            lambda new, old: old if new is None else new, m, state.m, is_leaf=lambda n: n is None
-        )
+        m = filled(m, state.m)
+        # Without a step m' - m, which is (1 - new_t/t) m'.
+        ahead = jnp.where(ok, 1, 1 - new_t / t)
         updates = map_gradients(
-            lambda g, u, old, new: (jnp.where(ok, wide(u), -wide(old)) + wide(new)).astype(g.dtype),
+            lambda g, u, m: (
+                jnp.where(ok, wide(u), jnp.zeros_like(wide(u))) + real_like(ahead, m) * wide(m)
+            ).astype(g.dtype),
             g,
             u,
-            state.m,
             m,
         )
         carry = BacktrackingState(
@@ -197,6 +211,7 @@ def backtracking(
             momentum=jnp.where(ok, scale, carry.momentum * scale),
             accepted=carry.accepted + ok.astype(jnp.int32),
             retries=carry.retries + (~ok).astype(jnp.int32),
+            values=carry.values + n,
         )
         return updates, AccelerateState(m=m, carry=carry, readout=state.readout, restart=memory)
 
@@ -216,45 +231,8 @@ def _moved(params: Any, u: Any) -> Any:
     return jax.tree.map(move, u, params, is_leaf=lambda node: node is None)
 
 
-def _search(test: Any, lr: Any, first: Any, still: Any, shrink: float) -> tuple[Any, Any, Any]:
-    """The learning rate tried last, whether its step is short enough, and whether that is telling.
-
-    Where there is no momentum, y does not depend on lr, so shorter steps need no new gradient; and
-    the first call looks for the longest one.
-    """
-
-    def body(carry: Any) -> Any:
-        lr, _, _, up, _, n = carry
-        lr = jnp.where(n == 0, lr, _within(jnp.where(up, lr / shrink, lr * shrink)))
-        ok, telling = test(lr)
-        # Once a longer step has failed, the last but one, which was short enough, ends it.
-        return lr, ok, telling, up & ok, still & ~ok, n + 1
-
-    def going(carry: Any) -> Any:
-        _, _, _, up, down, n = carry
-        return (n == 0) | ((up | down) & (n < _SEARCHES))
-
-    no = jnp.asarray(False)
-    start = (lr, no, no, first, no, jnp.zeros([], jnp.int32))
-    return jax.lax.while_loop(going, body, start)[:3]
-
-
-def _guess(initial: float | None, value: jax.Array, square: jax.Array) -> jax.Array:
-    if initial is not None:
-        return jnp.full_like(value, initial)
-    size = jnp.sqrt(square)
-    guess = jnp.abs(value) / size / size
-    return jnp.where(jnp.isfinite(guess) & (guess > 0), _within(guess), 1)
-
-
 def _corrected(mass: jax.Array, lr: jax.Array) -> jax.Array:
     return (1 + jnp.sqrt(1 + 4 * mass / lr)) / 2
-
-
-def _within(lr: jax.Array) -> jax.Array:
-    """So far from overflow that lr and t^2 lr stay finite, whatever the loss."""
-    limit = float(jnp.finfo(lr.dtype).max) ** 0.75
-    return jnp.clip(lr, 1 / limit, limit)
 
 
 def _rounding(value: jax.Array, g: Any, params: Any, dot: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict broadcasting and float64 on request, for every test."""
+"""Eight CPU devices, strict broadcasting, float64 and forked runs on request, for every test."""
 
 import os
 
@@ -7,6 +7,7 @@ os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import chex
+import forks
 import jax
 import pytest
 
@@ -20,6 +21,14 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Starts runs of the example trainer as processes of their own."""
+    server = forks.Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)

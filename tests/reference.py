@@ -309,18 +309,21 @@ def srsgd(gradient, start, learning_rate, period, steps):
 
 
 def fista_backtracking(
-    value, gradient, start, steps, *, initial=1.0, grow=1.1, shrink=0.5, restart=True, prox=None
-):
+    value, gradient, start, steps, *, initial=1.0, grow=(1.25, 1.05), shrink=0.5, restart=True,
+    prox=None
+):  # fmt: skip
     """Scheinberg, Goldfarb, Bai 2014: a failed test shortens the step and moves the query point.
 
-    Where x - x_before is not extrapolated, the query point does not depend on the step, so that
-    shortening it there is no retry; the first step is also lengthened as far as the test allows.
+    A shorter step from the same query point is no retry; it is taken where there is no momentum,
+    and while lr t^2 gets no smaller. Where there is no momentum the step is lengthened, too, as far
+    as the test allows. The growth is grow[0] until the first retry.
     Returns (query point, iterate, learning rate tried next, certificate, event) after each
     gradient; the certificate is 1/(2 lr t^2), None where there was no step.
     """
     x, y = (np.array(start, dtype=np.float64) for _ in range(2))
     eps, trace = np.finfo(np.float64).eps, []
-    lr, t, before, lr_before, v = initial, 1.0, 0.0, 1.0, np.zeros_like(x)
+    lr, mass, before, v, retried = initial, 0.0, 1.0, np.zeros_like(x), False
+    corrected = lambda mass, lr: (1 + np.sqrt(1 + 4 * mass / lr)) / 2
     for k in range(steps):
         g, f = gradient(y), value(y)
         slack = 4 * eps * (abs(f) + np.sum(np.abs(g * y)))
@@ -333,27 +336,131 @@ def fista_backtracking(
             model = u @ u / (2 * lr)
             return model <= 8 * slack or value(y + u) <= f + g @ u + model + slack
 
-        while k == 0 and passes(lr):
-            lr /= shrink
-        while before <= 1 and not passes(lr):
-            lr *= shrink
-        corrected = lambda lr, before=before, lr_before=lr_before: (
-            (1 + np.sqrt(1 + 4 * before**2 * lr_before / lr)) / 2
+        telling = lambda lr, slack=slack, proposed=proposed: (
+            proposed(lr) @ proposed(lr) / (2 * lr) > 8 * slack
         )
-        t = corrected(lr)
-        if not passes(lr):
+        t, still = corrected(mass, lr), before == 1
+        floor = 0.0 if still else lr * (t - 1) / t
+        while still and passes(lr) and (telling(lr) or k == 0):
+            lr /= shrink
+        while not passes(lr) and lr * shrink >= floor:
             lr *= shrink
-            y = x + (before - 1) / corrected(lr) * v
+        if still:
+            t = corrected(mass, lr)
+        if not passes(lr):
+            lr, retried = lr * shrink, True
+            y = x + (before - 1) / corrected(mass, lr) * v
             trace.append((y, x, lr, None, "retry"))
             continue
         u = proposed(lr)
-        v, x, certificate = y + u - x, y + u, 1 / (2 * lr * t**2)
+        v, x, event = y + u - x, y + u, "step"
+        certificate = 1 / (2 * lr * t**2)
         if restart and u @ v < 0:
-            before, lr_before, y = 0.0, 1.0, x
-            trace.append((y, x, lr, certificate, "restart"))
-            continue
-        before, lr_before = t, lr
-        lr = lr * grow if u @ u / (2 * lr) > 8 * slack else lr
-        y = x + (t - 1) / ((1 + np.sqrt(1 + 4 * before**2 * lr_before / lr)) / 2) * v
-        trace.append((y, x, lr, certificate, "step"))
+            t, event = 1.0, "restart"
+        before, mass = t, t * t * lr
+        lr = lr * grow[retried] if telling(lr) else lr
+        y = x + (t - 1) / corrected(mass, lr) * v
+        trace.append((y, x, lr, certificate, event))
     return trace
+
+
+def adanag(value, gradient, start, steps, probe=None):
+    """Suh and Ma 2025 with c = 12, in three sequences; the first gradient only gives L_0.
+
+    Returns (iterate, learning rate, A_k) before each step.
+    """
+    tau = lambda k: (k + 14) / 12
+    alpha = lambda k: (tau(k + 1) - 1) ** 2 / tau(k) ** 2 / 2
+    mass = lambda k: alpha(k + 1) * tau(k + 1) * (tau(k + 1) - 1) if k >= 0 else 0.0
+    ratio = lambda k: (tau(k) - 1) ** 2 / (alpha(k - 1) * tau(k - 1) ** 2)
+    other = lambda k: (alpha(k) * tau(k)) ** 2 * (ratio(k) - 1)
+
+    def curvature(x, old):
+        change = gradient(x) - gradient(old)
+        return change @ change / 2 / (gradient(x) @ (x - old) - value(x) + value(old))
+
+    x = z = np.array(start, dtype=np.float64)
+    g = gradient(x)
+    if probe is None:
+        probe = 1e-3 * abs(value(x)) / (g @ g)
+    r = 27 / (2 * 15 * (2 * 144 + 96 + 17))
+    s = mass(0) * r / (alpha(0) * tau(0) * alpha(1) * curvature(x - probe * g, x))
+    trace = []
+    for k in range(steps):
+        trace.append((x, s, mass(k)))
+        g, old = gradient(x), x
+        z = z - s * alpha(k) * tau(k) * g
+        x = (1 - 1 / tau(k + 1)) * (x - s * g) + z / tau(k + 1)
+        sizes = mass(k) / other(k), (other(k + 1) + (alpha(k + 1) * tau(k + 1)) ** 2) / mass(k)
+        grown = (mass(k - 1) + alpha(k) * tau(k)) / mass(k) * s
+        new = curvature(x, old)
+        s = min(grown, 1 / (sum(sizes) * new)) if new > 0 else grown
+    return trace
+
+
+def diloco(
+    gradients, start, steps, *, every, learning_rate, momentum, rate, betas, weight_decay, eps=1e-8
+):
+    """Douillard et al. 2023, algorithm 1: AdamW inside, PyTorch's SGD(nesterov=True) outside.
+
+    Returns the workers' parameters and the shared ones after each step.
+    """
+    shared = np.array(start, dtype=np.float64)
+    buffer, count = np.zeros_like(shared), len(gradients)
+    local = np.stack([shared] * count)
+    first, second = np.zeros_like(local), np.zeros_like(local)
+    locals_, shareds = [local.copy()], [shared]
+    for t in range(1, steps + 1):
+        for i in range(count):
+            g = gradients[i](local[i])
+            first[i] = betas[0] * first[i] + (1 - betas[0]) * g
+            second[i] = betas[1] * second[i] + (1 - betas[1]) * g**2
+            m, v = first[i] / (1 - betas[0] ** t), second[i] / (1 - betas[1] ** t)
+            local[i] -= rate * (m / (np.sqrt(v) + eps) + weight_decay * local[i])
+        if t % every == 0:
+            delta = np.mean([shared - local[i] for i in range(count)], axis=0)
+            buffer = momentum * buffer + delta
+            shared = shared - learning_rate * (delta + momentum * buffer)
+            local[:] = shared
+        locals_.append(local.copy())
+        shareds.append(shared)
+    return np.stack(locals_), np.stack(shareds)
+
+
+def nag_auto(gradients, start, momentum, steps, power=8.0):
+    """Step by step as in the docstring, z and all sums written out; start is a list of leaves.
+
+    ``gradients(k, y)`` gives a list. Returns the params and their averages, steps + 1 rows each.
+    """
+    y, x, average = ([np.array(leaf, float) for leaf in start] for _ in range(3))
+    y0, leaves = [leaf.copy() for leaf in y], len(y)
+    # One row for each leaf, and a last one for all leaves as one vector.
+    groups = [[i] for i in range(leaves)] + [list(range(leaves))]
+    join = lambda trees, group: np.concatenate([np.ravel(trees[i]) for i in group])
+    distance = [0.01 * (1 + np.linalg.norm(join(y0, group))) for group in groups]
+    squares, progress = np.zeros(leaves + 1), np.zeros(leaves + 1)
+    total = [np.zeros_like(leaf) for leaf in y]
+    rows, averages = [y], [average]
+    for k in range(steps):
+        g = gradients(k, y)
+        for j, group in enumerate(groups):
+            gone = np.linalg.norm(join(total, group))
+            energy = np.sum(join(g, group) ** 2)
+            squares[j] += energy
+            if gone > 0:
+                reach = max(distance[j], 8 * progress[j] / gone)
+                distance[j] = min(reach, (1 + 4 * energy / squares[j]) * distance[j])
+        rate = 10 * (1 - momentum) * np.array(distance) / np.sqrt(squares)
+        lr = np.sqrt(rate[:-1] * rate[-1])
+        for i in range(leaves):
+            gain = lr[i] * np.sum(g[i] * (y0[i] - y[i]))
+            progress[i] += gain
+            progress[-1] += gain
+        total = [t + lr[i] * g[i] for i, t in enumerate(total)]
+        x_new = [y[i] - lr[i] * g[i] for i in range(leaves)]
+        y = [new + momentum * (new - old) for new, old in zip(x_new, x, strict=True)]
+        x, weight = x_new, (1 + power) / (k + 1 + power)
+        average = [a + weight * (b - a) for a, b in zip(average, y, strict=True)]
+        rows.append(y)
+        averages.append(average)
+    return rows, averages

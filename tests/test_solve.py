@@ -107,7 +107,7 @@ def test_a_value_that_is_not_finite_is_no_success():
     assert not result.converged
 
 
-@pytest.mark.filterwarnings("ignore:momentum 0.98 in a")
+@pytest.mark.filterwarnings("ignore:momentum 0.98 in a")  # FISTA's, below 32 bits
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_no_more_progress(dtype):
     """Far from 0 the gradient cannot become smaller than rounding lets it."""
@@ -267,11 +267,7 @@ def test_separable_logistic_regression_in_float32():
         rounding = 4 * np.finfo(np.float32).eps * values[:-1]
         assert np.all(np.isfinite(values))
         assert values[-1] < end
-        if tx is known:
-            assert np.all(np.diff(values) <= rounding)
-        else:  # 4 of 10,000 steps rise, by at most 1.5e-6
-            assert np.sum(np.diff(values) > rounding) <= 20
-            assert np.all(values[1:] <= (1 + 5e-6) * np.minimum.accumulate(values[:-1]))
+        assert np.all(np.diff(values) <= rounding)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -290,8 +286,6 @@ def test_no_more_gradients_than_jaxopt_on_the_problems_of_scikit_learn(dtype, x6
     exact = {p.name: p for p in convex.problems()}
     for problem in convex.problems(jnp.dtype(dtype)):
         theirs = counts[problem.name, "jaxopt, line search"]
-        if (problem.name, dtype) == ("elastic net, diabetes", "float32"):
-            theirs += 1  # 10 against 9: the one that is missed
         assert counts[problem.name, "minimize (backtracking)"] <= theirs
         result = minimize(problem.loss, problem.start, prox=problem.prox, tol=0.0, max_steps=theirs)
         objective = exact[problem.name].objective

@@ -63,7 +63,7 @@ def test_equals_the_reference(name, restart):
     prox = numpy_prox = None
     if name == "logistic":
         value, numpy_value, gradient, _ = logistic(1e-2)
-        start, steps = np.zeros(20), 120
+        start, steps = np.zeros(20), 60
     else:
         value, gradient, _ = quadratic(100.0)
         numpy_value, start, steps = value, np.zeros(40), 80
@@ -130,7 +130,7 @@ def test_rounding_causes_no_false_failures(shift):
     value = lambda x: (x - solution) @ hessian @ (x - solution) / 2 + jnp.float32(shift)
     _, xs, carries, _ = trajectory(nag_jax.backtracking(), value, jnp.zeros(40), 2000)
     rates = np.asarray(carries.learning_rate)
-    assert np.all((rates > 0.03) & (rates < 1.0))  # L is 10
+    assert np.all((rates > 0.03) & (rates < 3.0))  # L is 10, and 0.1 the least curvature
     assert carries.retries[-1] < 100
     gap = jnp.linalg.norm(hessian @ (xs[-1] - solution))
     assert gap < 1e-4 * jnp.linalg.norm(hessian @ solution)
@@ -143,20 +143,6 @@ def test_never_grows_beyond_what_is_finite():
         assert np.all(np.isfinite(carries.learning_rate))
         assert np.all(np.isfinite(carries.t))
         assert np.all(carries.t >= 1)
-
-
-@pytest.mark.usefixtures("x64")
-def test_the_scale_of_the_loss_does_not_matter():
-    value, _, _ = quadratic(1e3)
-    steps = []
-    for scale in 10.0 ** np.arange(-6, 7, 3):
-        scaled = lambda p, scale=scale: scale * value(p)
-        optimizer = nag_jax.backtracking(initial=None)
-        _, xs, carries, _ = trajectory(optimizer, scaled, np.zeros(40), 400)
-        gaps = np.array([value(np.asarray(x)) for x in xs])
-        steps.append(np.flatnonzero(gaps < 1e-9 * value(np.zeros(40)))[0])
-        np.testing.assert_allclose(carries.learning_rate[5] * scale, 0.16, rtol=0.9)
-    assert max(steps) <= 1.1 * min(steps)
 
 
 PARAMS = {"a": jnp.linspace(-1.0, 1.0, 8).reshape(8, 1), "b": [jnp.float32(0.5), None], "c": {}}
@@ -205,7 +191,7 @@ def test_one_compilation_donated_without_a_copy_left():
 
 
 def test_a_parameter_without_a_gradient_stays():
-    optimizer = nag_jax.backtracking()
+    optimizer = nag_jax.backtracking(initial=1.0)
     value = lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"])
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     g = {"a": 2 * params["a"], "b": None}
@@ -231,3 +217,53 @@ def test_errors():
     state = optimizer.init(PARAMS)
     with pytest.raises(ValueError, match=r"backtracking needs params, value and value_fn: call"):
         optimizer.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", ["backtracking", "adanag", "minimize"])
+def test_units_do_not_matter(method):
+    """f -> c f and x -> c x, over 12 orders of magnitude each: iterations change by under 10 %."""
+    value, _, _ = quadratic(1e3)
+    start = jnp.zeros(40)
+
+    @jax.jit
+    def steps(of_value, of_x):
+        scaled = lambda p: of_value * value(p / of_x)
+        if method == "minimize":
+            tol = 1e-6 * of_value / of_x  # of the gradient's norm
+            return nag_jax.minimize(scaled, start, tol=tol).steps
+        optimizer = getattr(nag_jax, method)()
+
+        def body(carry, _):
+            params, state = carry
+            f, g = jax.value_and_grad(scaled)(params)
+            updates, state = optimizer.update(g, state, params, value=f, grad=g, value_fn=scaled)
+            params = optax.apply_updates(params, updates)
+            x = nag_jax.eval_params(params, state) / of_x
+            return (params, state), value(x)
+
+        _, gaps = jax.lax.scan(body, (start, optimizer.init(start)), length=600)
+        return jnp.argmax(gaps < 1e-6 * value(start))
+
+    scales = 10.0 ** np.arange(-6, 7, 2)
+    counts = [int(steps(c, 1.0)) for c in scales] + [int(steps(1.0, c)) for c in scales]
+    assert min(counts) > 50
+    assert max(counts) < 1.1 * min(counts)
+
+
+def test_outside_of_jit_nothing_is_compiled_anew():
+    """The search runs as a Python loop there: its values are numbers, and are counted."""
+    traced = []
+
+    def value(p):
+        traced.append(isinstance(p, jax.core.Tracer))
+        return jnp.sum(p**2)
+
+    optimizer, params = nag_jax.backtracking(initial=100.0), jnp.ones(3)
+    state = optimizer.init(params)
+    for _ in range(3):
+        arguments = dict(value=jnp.sum(params**2), value_fn=value)
+        updates, state = optimizer.update(2 * params, state, params, **arguments)
+        params = params + updates
+    assert not any(traced)
+    assert state.carry.values == len(traced) > 8

@@ -1,0 +1,183 @@
+"""DiLoCo: eight workers that meet every H steps, beside NAG that averages every gradient.
+
+    python -m examples.diloco --config=configs/diloco.py
+
+Each worker trains on a part of the data of its own. All runs see the same batches; what differs is
+how often the workers communicate: one mean of a params-sized tree every H steps.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("PJRT_NPROC", "32")  # fewer threads may deadlock virtual CPU devices
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+from jax.sharding import AxisType, PartitionSpec
+from ml_collections import config_flags
+
+import nag_jax
+from examples import data, optimizer, steps, tasks
+from examples.compiling import jit
+from examples.errors import UserError
+
+AXIS = "workers"
+
+
+class Row(NamedTuple):
+    """One line of the table; losses are of the whole test set, in nats per character."""
+
+    method: str
+    every: int  # steps between two means: H
+    learning_rate: float  # peak, of the inner steps
+    loss: float  # at eval_params
+    loss_at_params: float  # after the last outer step: at the slow copy
+    bytes_per_step: float  # that each worker puts into a mean
+
+
+def over_workers(function: Callable, mode: str, workers: int) -> Callable:
+    """``function`` of one worker on stacks with a row for each; its mean over AXIS is over them."""
+    if mode == "vmap":
+        return jax.vmap(function, axis_name=AXIS)
+    if mode != "shard_map":
+        raise UserError(f"config.local.mode must be vmap or shard_map, got {mode!r}")
+    if workers > jax.device_count():
+        raise UserError(
+            f"config.local.workers={workers} is more than the {jax.device_count()} devices; on CPU "
+            f"set JAX_NUM_CPU_DEVICES={workers}, or use --config.local.mode=vmap"
+        )
+    mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(AxisType.Auto,))
+    row, rows = (lambda x: x[0]), (lambda x: x[None])
+    one = lambda *stacks: jax.tree.map(rows, function(*jax.tree.map(row, stacks)))
+    # Unchecked: the GRU's first state is the same for all workers, the others are not.
+    spec = PartitionSpec(AXIS)
+    return jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+def make_rounds(
+    task: tasks.Task, transformation: optax.GradientTransformationExtraArgs, synchronous: bool
+) -> Callable:
+    """``(params, opt_state, samples, order) -> (params, opt_state)`` of one worker.
+
+    ``order``, int32 ``[rounds, H, batch]``, are positions in the worker's own samples.
+    """
+
+    def step(carry: Any, batch: steps.Batch, sync: bool) -> Any:
+        params, opt_state = carry
+        gradient, (_, sums) = jax.grad(task.losses, has_aux=True)(params, task.rest, batch)
+        gradient = jax.tree.map(lambda g: g / sums["samples"], gradient)
+        if synchronous:
+            gradient = jax.lax.pmean(gradient, AXIS)
+        # Known when compiled: so the loop over inner steps has no mean in it, not even a branch.
+        updates, opt_state = transformation.update(gradient, opt_state, params, sync=sync)
+        return optax.apply_updates(params, updates), opt_state
+
+    def rounds(params: Any, opt_state: Any, samples: steps.Batch, order: jax.Array) -> Any:
+        take = lambda indices: jax.tree.map(lambda x: x[indices], samples)
+
+        def one(carry: Any, order: jax.Array) -> tuple[Any, None]:
+            inner = lambda carry, indices: (step(carry, take(indices), False), None)
+            carry, _ = jax.lax.scan(inner, carry, order[:-1])
+            return step(carry, take(order[-1]), True), None
+
+        return jax.lax.scan(one, (params, opt_state), order)[0]
+
+    return rounds
+
+
+def run(config: Any, dataset: data.Dataset, every: int, learning_rate: float) -> Row:
+    """Trains with an outer step after each ``every`` steps; 0: fully synchronous NAG."""
+    local, synchronous = config.local, every == 0
+    workers, every = local.workers, max(every, 1)
+    share = len(dataset.train["x"]) // workers
+    parts = lambda x: x[: share * workers].reshape(workers, share, *x.shape[1:])
+    samples = jax.tree.map(parts, dataset.train)
+    order = batches(config, share)
+
+    config = config.copy_and_resolve_references()
+    config.learning_rate = learning_rate
+    task = tasks.make(config, dataset, jax.random.key(config.seed))
+    inner = optimizer.make(config, share * workers // config.batch_size, order.shape[1])
+    transformation = inner.transformation
+    if not synchronous:
+        outside = dict(learning_rate=local.outer_learning_rate, momentum=local.outer_momentum)
+        transformation = nag_jax.diloco(transformation, AXIS, every=every, **outside)
+
+    alike = lambda x: jax.numpy.stack([x] * workers)
+    state = jax.tree.map(alike, (task.params, transformation.init(task.params)))
+    rounds = make_rounds(task, transformation, synchronous)
+    advance = jit(
+        over_workers(rounds, local.mode, workers), config.cpu_fusions, donate_argnums=(0, 1)
+    )
+    length = max(every, *local.every)
+    for start in range(0, order.shape[1], length):
+        part = order[:, start : start + length]
+        state = advance(*state, samples, part.reshape(workers, -1, every, part.shape[-1]))
+
+    params, opt_state = jax.tree.map(lambda x: x[0], jax.device_get(state))
+    evaluate = steps.make_evaluate(task, config.eval_batch_size)
+    test = jax.device_put(dataset.test)
+    sums = lambda params: jax.device_get(evaluate(params, task.rest, test))
+    loss = lambda params: float(task.summarize(sums(params))["loss"])
+    return Row(
+        method="synchronous NAG" if synchronous else "DiLoCo",
+        every=every,
+        learning_rate=learning_rate,
+        loss=loss(nag_jax.eval_params(params, opt_state)),
+        loss_at_params=loss(params),
+        bytes_per_step=sum(4 * x.size for x in jax.tree.leaves(params)) / every,
+    )
+
+
+def batches(config: Any, share: int) -> np.ndarray:
+    """int32 ``[workers, steps, batch]``: epochs of each worker over its own samples.
+
+    The same in all runs: as many steps as the largest H divides.
+    """
+    workers, size = config.local.workers, config.batch_size // config.local.workers
+    if config.batch_size % workers or not 0 < size <= share:
+        raise UserError(
+            f"config.batch_size={config.batch_size} must be a multiple of "
+            f"config.local.workers={workers}, for {share} samples each at most"
+        )
+    if any(max(config.local.every) % every for every in config.local.every):
+        raise UserError(f"config.local.every={config.local.every} must divide the largest of them")
+    per_epoch = share // size
+    rng = np.random.default_rng(config.seed)
+    epoch = lambda: rng.permutation(share)[: per_epoch * size].reshape(per_epoch, size)
+    orders = [[epoch() for _ in range(config.num_epochs)] for _ in range(workers)]
+    order = np.stack([np.concatenate(epochs) for epochs in orders]).astype(np.int32)
+    rounds = order.shape[1] // max(config.local.every)
+    if not rounds:
+        raise UserError(f"{order.shape[1]} steps are fewer than {max(config.local.every)}")
+    return order[:, : rounds * max(config.local.every)]
+
+
+def table(config: Any) -> list[Row]:
+    """The synchronous run, then one for each H; each is printed as it ends."""
+    dataset, local = data.load(config), config.local
+    print(f"{'method':16} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
+    rows = []
+    for every in (0, *local.every):
+        rate = local.learning_rate if every else config.learning_rate
+        rows.append(run(config, dataset, every, rate))
+        print("{:16} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    del arguments
+    try:
+        table(flags.FLAGS.config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "File with the run's config.", lock_config=True)
+    flags.mark_flags_as_required(["config"])
+    app.run(main)

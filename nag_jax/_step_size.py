@@ -1,0 +1,65 @@
+"""What the self-tuning step sizes share: a first guess, a search, limits that nothing overflows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+_SEARCHES = 100  # trial steps in one call at most
+
+
+def guess(value: jax.Array, square: jax.Array) -> jax.Array:
+    r""":math:`|f| / \|g\|^2`, which has the units of a learning rate; 1 if that says nothing."""
+    size = jnp.sqrt(square)
+    rate = jnp.abs(value) / size / size
+    return jnp.where(jnp.isfinite(rate) & (rate > 0), within(rate), 1)
+
+
+def within(lr: jax.Array) -> jax.Array:
+    """So far from overflow that lr and t^2 lr stay finite, whatever the loss."""
+    limit = float(jnp.finfo(lr.dtype).max) ** 0.75
+    return jnp.clip(lr, 1 / limit, limit)
+
+
+def search(
+    test: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    lr: jax.Array,
+    *,
+    up: jax.Array,
+    blind: jax.Array,
+    floor: jax.Array,
+    shrink: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The learning rate tried last, what ``test`` says of it, and the number of trials.
+
+    ``test(lr)`` says whether the step is short enough, and whether that can be told at all. Where
+    ``up`` is set it looks for the longest one, and goes on where nothing can be told if ``blind``;
+    steps that are too long become shorter as long as they stay above ``floor``.
+    """
+
+    def body(carry: Any) -> Any:
+        lr, _, _, up, _, n = carry
+        lr = jnp.where(n == 0, lr, within(jnp.where(up, lr / shrink, lr * shrink)))
+        ok, telling = test(lr)
+        # Once a longer step has failed, the last but one, which was short enough, ends it.
+        return lr, ok, telling, up & ok & (telling | blind), ~ok & (lr * shrink >= floor), n + 1
+
+    def going(carry: Any) -> Any:
+        _, _, _, up, down, n = carry
+        return (n == 0) | ((up | down) & (n < _SEARCHES))
+
+    no = jnp.asarray(False)
+    carry = (lr, no, no, up, no, jnp.zeros([], jnp.int32))
+    # Outside of jit a compiled loop would be compiled anew at each call.
+    while not _traced(carry) and going(carry):
+        carry = body(carry)
+    if _traced(carry):
+        carry = jax.lax.while_loop(going, body, carry)
+    lr, ok, telling, _, _, n = carry
+    return lr, ok, telling, n
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))

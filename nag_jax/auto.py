@@ -1,0 +1,185 @@
+"""NAG for noisy gradients with nothing to tune: steps from distance, gradients and progress."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nag_jax import rules
+from nag_jax._arithmetic import applied, map_gradients, real_like, wide
+from nag_jax._checks import check_choice, check_range
+from nag_jax._restarting import inner_products
+from nag_jax._rule import at_step, check_momentum
+from nag_jax.averaging import averaged
+from nag_jax.kernel import accelerate
+
+_FIRST = 0.01  # the first distance, in units of 1 + the norm of the parameters
+_PACE = 10.0  # effective step in units of distance / norm of all gradients
+_GROWTH = 4.0  # the distance grows at most like this power of the sum of squared gradients
+_REACH = 8.0  # how far progress reaches; 2 gives the distance moved where there is no noise
+
+
+class AutoState(NamedTuple):
+    """The steps of :func:`nag_auto`; the last entry of each vector is that of all leaves."""
+
+    steps: jax.Array  # shape=(), int32
+    moved: optax.Updates  # params - those of the first update, like params; float32 at least
+    distance: jax.Array  # d, shape=(leaves + 1,), default float dtype
+    squares: jax.Array  # sum of |g|^2, shape=(leaves + 1,), default float dtype
+    progress: jax.Array  # sum of <lr*g, -moved>, shape=(leaves + 1,), default float dtype
+    learning_rate: jax.Array  # of the last step, |u| / |g| over all leaves, shape=(), default float
+    kernel: Any  # the AccelerateState of the momentum
+
+
+def nag_auto(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    momentum: optax.ScalarOrSchedule = 0.9,
+    *,
+    evaluate: str = "average",
+    axis_name: Any = None,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""NAG without a learning rate to tune, for stochastic gradients.
+
+    From the start :math:`y_0` it estimates how far to go and divides by the gradients seen so
+    far, for each leaf of params and for all of them together. With
+    :math:`a = \sum_{j<k} \langle \eta_j g_j, y_0 - y_j \rangle` and
+    :math:`b = |\sum_{j<k} \eta_j g_j|`, which the kernel's buffer gives without one of its own,
+    and :math:`G_k = \sum_{j \le k} |g_j|^2`,
+
+    .. math::
+        d_k = \min\bigl(\max(d_{k-1}, 8 a / b), (1 + 4 |g_k|^2 / G_k) d_{k-1}\bigr), \qquad
+        r_k = 10 (1 - \mu) \frac{d_k}{\sqrt{G_k}}, \qquad
+        \eta_k = \epsilon \sqrt{r_k^{\mathrm{leaf}} \, r_k^{\mathrm{all}}}
+
+    and :math:`d_0 = (1 + |y_0|)/100`. The step :math:`-\eta_k g_k` goes through
+    ``rules.nesterov``. Without noise a/b is half the way gone, so d and the steps grow as fast as
+    the momentum allows; noise moves y but makes no progress, so it lets nothing grow. (DoG takes
+    the distance itself for d, which grows with noise until it diverges.)
+
+    Args:
+      learning_rate: a factor on the steps found, at least 0, or a schedule of it: leave it at 1,
+        or give the shape of a schedule, such as ``optax.cosine_decay_schedule(1.0, steps)``.
+      momentum: in [0, 1), or a schedule; the steps are scaled to it.
+      evaluate: what ``eval_params`` gives. "average": of params (:func:`averaged`), which takes
+        the place of a decay of the learning rate, at the price of a buffer. "iterate": x, as for
+        ``nag``; meant for a learning rate that decays to 0.
+      axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``.
+      accumulator_dtype: floating dtype of the momentum; None: that of each parameter.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Its state holds
+      two buffers, the way gone and the momentum, and a third for the average. What it found is
+      ``optax.tree.get(state, "learning_rate")``, without ``inject_hyperparams``.
+
+    Raises:
+      ValueError: for numbers out of range; from update, without params.
+
+    Weight decay in the gradient: ``optax.chain(optax.add_decayed_weights(5e-4), nag_auto())``. Its
+    accuracy beside tuned optimizers is in benchmarks/README.md.
+
+    The point: losses of any scale, with nothing changed.
+
+    >>> optimizer = nag_jax.nag_auto()
+    >>> target = jnp.linspace(-1.0, 1.0, 50)
+    >>> def error(scale):
+    ...     def step(carry, noise):
+    ...         params, state = carry
+    ...         gradient = scale * (params - target + noise)
+    ...         updates, state = optimizer.update(gradient, state, params)
+    ...         return (optax.apply_updates(params, updates), state), None
+    ...     noise = 0.3 * jax.random.normal(jax.random.key(0), (500, 50))
+    ...     carry = jnp.zeros(50), optimizer.init(jnp.zeros(50))
+    ...     (params, state), _ = jax.lax.scan(step, carry, noise)
+    ...     return jnp.linalg.norm(nag_jax.eval_params(params, state) - target)
+    >>> print(*[f"{error(scale):.2f}" for scale in (1e-3, 1.0, 1e3)], "of", f"{error(0):.2f}")
+    0.20 0.20 0.20 of 4.16
+
+    References:
+      The estimate of the distance without noise: Mishchenko, Defazio, Prodigy: an expeditiously
+      adaptive parameter-free learner, 2023, arXiv:2306.06101, algorithm 1. Distance over
+      gradients, for all and for each layer: Ivgi, Hinder, Carmon, DoG is SGD's best friend, 2023,
+      arXiv:2302.12022, equations 1-2. That both are mixed, the momentum and the factors 8 and 10
+      are of this library, chosen on the tasks of benchmarks/auto.py.
+    """
+    check_range("learning_rate", learning_rate, 0.0)
+    check_momentum(momentum)
+    check_choice("evaluate", evaluate, ("average", "iterate"))
+    kernel = accelerate(rules.nesterov(momentum), accumulator_dtype=accumulator_dtype)
+
+    def init(params: optax.Params) -> AutoState:
+        wider = lambda p: jnp.promote_types(p.dtype, jnp.float32)
+        vector = lambda: jnp.zeros(len(jax.tree.leaves(params)) + 1, float)
+        return AutoState(
+            steps=jnp.zeros([], jnp.int32),
+            moved=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wider(p)), params),
+            distance=vector(),
+            squares=vector(),
+            progress=vector(),
+            learning_rate=jnp.zeros([], float),
+            kernel=kernel.init(params),
+        )
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, AutoState]:
+        del extra_args
+        if params is None:
+            raise ValueError("nag_auto needs params: call update(gradients, state, params)")
+        real = state.distance.dtype
+        mu = jnp.asarray(at_step(momentum, state.steps), real)
+        factor = jnp.asarray(at_step(learning_rate, state.steps), real)
+        g = jax.tree.map(lambda p, g: jnp.zeros_like(p) if g is None else g, params, updates)
+
+        def dots(a: Any, b: Any) -> jax.Array:
+            each = [product.astype(real) for product in inner_products(a, b, axis_name)]
+            return jnp.stack([*each, sum(each, jnp.zeros([], real))])
+
+        first = state.steps == 0
+        # Where params would come to rest without further steps: start + all steps/(1 - mu).
+        ahead = lambda d, m: d + real_like(mu / (1 - mu), m) * wide(m)
+        rest = jax.tree.map(ahead, state.moved, state.kernel.m)
+        reach = _ratio(_REACH * state.progress, (1 - mu) * jnp.sqrt(dots(rest, rest)))
+        energy = dots(g, g)
+        squares = state.squares + energy
+        growth = 1 + _GROWTH * _ratio(energy, squares)
+        grown = jnp.clip(reach, state.distance, growth * state.distance)
+        # Of all leaves only those that have a gradient count, so that frozen ones change nothing.
+        sizes = jnp.where(energy > 0, dots(params, params), 0)[:-1]
+        sizes = jnp.append(sizes, jnp.sum(sizes))
+        distance = jnp.where(first, _FIRST * (1 + jnp.sqrt(sizes)), grown)
+        rate = _PACE * (1 - mu) * _ratio(distance, jnp.sqrt(squares))
+        rates = factor * jnp.sqrt(rate[:-1] * rate[-1])
+        along = dots(g, state.moved)[:-1]
+        # Orders the sums before the first change of a buffer: else XLA copies what is donated.
+        rates = jnp.where(jnp.isnan(along), along, rates)
+
+        each = jax.tree.unflatten(jax.tree.structure(params), list(rates))
+        steps = map_gradients(
+            lambda g, lr: (-real_like(lr, g) * wide(g)).astype(g.dtype), updates, each
+        )
+        gains = -rates * along
+        size = jnp.sum(rates**2 * energy[:-1])
+        updates, memory = kernel.update(steps, state.kernel)
+        moved = jax.tree.map(
+            lambda u, d, p: d if u is None else (wide(d) + applied(u, p)).astype(d.dtype),
+            updates, state.moved, params, is_leaf=lambda node: node is None,
+        )  # fmt: skip
+        return updates, AutoState(
+            steps=state.steps + 1,
+            moved=moved,
+            distance=distance,
+            squares=squares,
+            progress=state.progress + jnp.append(gains, jnp.sum(gains)),
+            learning_rate=jnp.sqrt(_ratio(size, energy[-1])),
+            kernel=memory,
+        )
+
+    optimizer = optax.GradientTransformationExtraArgs(init, update)
+    return averaged(optimizer) if evaluate == "average" else optimizer
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a/b, and 0 where b is 0."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)

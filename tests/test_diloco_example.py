@@ -1,0 +1,78 @@
+"""The DiLoCo example: it learns, its workers may be rows or devices, its bytes are the truth."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("ml_collections")
+
+from configs import diloco as recipe
+from examples import data, diloco
+from examples.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The recipe, shrunk."""
+    (tmp_path / "text").write_text("to be, or not to be: that is the question. " * 120)
+    config = recipe.get_config()
+    config.text_file = str(tmp_path / "text")
+    config.model.update(hidden=8, embedding=4, length=16)
+    config.update(batch_size=16, eval_batch_size=16, num_epochs=4)
+    config.local.update(every=(1, 4), learning_rate=0.5)
+    return config
+
+
+def test_the_table(config, capsys):
+    rows = diloco.table(config)
+    assert [row.every for row in rows] == [1, 1, 4]
+    assert all(row.loss < 2.6 for row in rows)  # 2.89 are the 18 characters, guessed
+    assert len({row.loss for row in rows}) == 3
+    assert rows[2].bytes_per_step == rows[1].bytes_per_step / 4 == rows[0].bytes_per_step / 4
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_workers_as_devices_agree_and_send_the_bytes_of_the_table(config, monkeypatch):
+    """shard_map over eight devices: vmap's numbers, and no collective but the mean of params."""
+    dataset, texts, jit = data.load(config), [], diloco.jit
+    rows = diloco.run(config, dataset, 4, 0.3)
+
+    def seen(function, *args, **kwargs):
+        jitted = jit(function, *args, **kwargs)
+
+        def call(*arguments):
+            if not texts:
+                program = jitted.lower(*arguments).compile()
+                texts.extend([program.as_text(), program])
+            return texts[1](*arguments)
+
+        return call
+
+    monkeypatch.setattr(diloco, "jit", seen)
+    config.local.mode = "shard_map"
+    devices = diloco.run(config, dataset, 4, 0.3)
+    assert devices.loss == pytest.approx(rows.loss, abs=1e-5)
+    assert devices.loss_at_params == pytest.approx(rows.loss_at_params, abs=1e-5)
+    reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", texts[0])
+    shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(reduced))
+    sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+    assert 4 * sum(sizes) / 4 == devices.bytes_per_step  # float32, and a round of four steps
+    assert not re.search(r"all-gather|all-to-all|collective-permute|reduce-scatter", texts[0])
+
+
+def test_mistakes_are_named(config):
+    dataset = data.load(config)
+    config.local.mode = "threads"
+    with pytest.raises(UserError, match=r"mode must be vmap or shard_map, got 'threads'"):
+        diloco.run(config, dataset, 4, 0.3)
+    config.local.update(mode="shard_map", workers=16)
+    with pytest.raises(UserError, match=rf"more than the {jax.device_count()} devices; on CPU"):
+        diloco.run(config, dataset, 4, 0.3)
+    config.local.update(mode="vmap", workers=3)
+    with pytest.raises(UserError, match=r"batch_size=16 must be a multiple of config\.local\.w"):
+        diloco.run(config, dataset, 4, 0.3)
+    config.local.update(workers=8, every=(3, 4))
+    with pytest.raises(UserError, match=r"must divide the largest"):
+        diloco.run(config, dataset, 4, 0.3)

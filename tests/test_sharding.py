@@ -1,0 +1,353 @@
+"""State split over devices: 1/N of the bytes, the numbers of one device, for every optimizer."""
+
+import re
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_contract import CASES
+
+import nag_jax
+from nag_jax import proximal, restart, rules
+
+KINDS = (AxisType.Auto, AxisType.Explicit)
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
+NAG = nag_jax.nag(0.05, 0.9)
+
+
+def mesh_of(devices=8, kind=AxisType.Auto):
+    return jax.make_mesh((devices,), ("data",), (kind,), devices=jax.devices()[:devices])
+
+
+def start():
+    w = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 3
+    return {"w": w(0, 16, 64), "narrow": w(1, 5, 16), "b": jnp.zeros(64), "scale": jnp.ones([])}
+
+
+def batch_of(rows):
+    rng = np.random.default_rng(rows)
+    x = rng.normal(size=(rows, 5)).astype(np.float32)
+    return {"x": x, "y": x.sum(1), "scale": np.linspace(0.1, 2, rows, dtype=np.float32)}
+
+
+BATCH = batch_of(32)
+
+
+def loss(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["narrow"] @ params["w"] + params["b"][None])
+    error = params["scale"] * jnp.mean(hidden, axis=1) - batch["y"]
+    return jnp.mean(batch["scale"] * error**2)
+
+
+def alone(optimizer, steps=15):
+    """The plain loop on one device."""
+
+    @jax.jit
+    def step(params, state):
+        value_fn = lambda p: loss(p, BATCH)
+        value, gradient = jax.value_and_grad(value_fn)(params)
+        updates, state = optimizer.update(
+            gradient, state, params, value=value, grad=gradient, value_fn=value_fn
+        )
+        return optax.apply_updates(params, updates), state
+
+    params = start()
+    state = optimizer.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def run(step, params, steps=15):
+    state = step.init(params)
+    lies = jax.tree.map(lambda x: x.sharding, state)
+    for _ in range(steps):
+        params, state, _ = step(params, state, BATCH)
+    step.check(state)
+    for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(lies), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    return params, state
+
+
+def split_params(mesh):
+    """As for FSDP: what can be split is."""
+    specs = {"w": P("data"), "narrow": P(None, "data"), "b": P("data"), "scale": P()}
+    return {key: jax.device_put(p, NamedSharding(mesh, specs[key])) for key, p in start().items()}
+
+
+class Needy(NamedTuple):
+    """An optimizer that is no case of the contract: it needs the value, or the whole objective."""
+
+    optimizer: optax.GradientTransformationExtraArgs
+
+    def make(self):
+        return self.optimizer
+
+
+def monotone():
+    head = proximal.prox_step(proximal.l1(1e-3), 0.2)
+    penalty = lambda p: 1e-3 * sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p))
+    return optax.chain(head, nag_jax.monotone_fista(lambda p: loss(p, BATCH) + penalty(p)))
+
+
+def after_sgd(rule, condition=None):
+    return optax.chain(optax.sgd(0.1), nag_jax.accelerate(rule, condition))
+
+
+MORE = {
+    "backtracking": Needy(nag_jax.backtracking()),
+    "backtracking prox": Needy(nag_jax.backtracking(proximal.l1(1e-3), restart="value")),
+    "monotone_fista": Needy(monotone()),
+    "ogm": Needy(nag_jax.ogm(0.1)),
+    "tmm": Needy(nag_jax.tmm(0.1, 0.01)),
+    "restart value": Needy(after_sgd(rules.fista(), restart.value)),
+    "restart often": Needy(after_sgd(rules.nesterov(0.99), restart.gradient)),
+    "group prox": Needy(
+        nag_jax.fista(0.1, lambda p, step: p | {"w": proximal.group_l1(1e-3)(p["w"], step)})
+    ),
+    "qhm": Needy(after_sgd(rules.qhm(0.7, 0.9))),
+    "srsgd": Needy(after_sgd(rules.srsgd(4))),
+    "zero_nans and norm": Needy(optax.chain(optax.zero_nans(), optax.clip(0.1), NAG)),
+    "adam accelerated": Needy(
+        optax.chain(optax.adam(0.01), nag_jax.accelerate(rules.nesterov(0.5)))
+    ),
+}
+
+
+@pytest.mark.parametrize("case", (CASES | MORE).values(), ids=CASES | MORE)
+def test_every_optimizer_is_right_when_sharded(case):
+    """A later optimizer joins by being in CASES; one that needs more than gradients in MORE.
+
+    Steps are compared before rounding can turn a restart or a search another way.
+    """
+    optimizer, mesh = case.make(), mesh_of()
+    expected, expected_state = alone(optimizer)
+    ways = {
+        "zero1": (nag_jax.zero1(optimizer, mesh, min_size=64), "shard_map", start()),
+        "fsdp": (optimizer, "jit", split_params(mesh)),
+    }
+    for name, (sharded, mode, params) in ways.items():
+        rows = params["w"].addressable_shards[0].data.shape
+        actual, state = run(nag_jax.train_step(loss, sharded, mesh=mesh, mode=mode), params)
+        if any(x.dtype == jnp.int8 for x in jax.tree.leaves(expected_state)):
+            _assert_few_flips(actual, expected)
+        else:
+            chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
+        assert _integers(state.opt_state) == _integers(expected_state), name
+        buffers = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (16, 64)]
+        assert {x.addressable_shards[0].data.shape for x in buffers} == {(2, 64)}, name
+        assert actual["w"].addressable_shards[0].data.shape == rows, name
+        assert nag_jax.replicas_in_sync((actual, state)), name
+
+
+def _assert_few_flips(actual, expected):
+    """Gradients summed in another order may round a few int8 numbers to the other neighbour."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        off = jnp.abs(a - b)
+        assert jnp.mean(off > 1e-5 + 1e-4 * jnp.abs(b)) < 0.005
+        assert jnp.max(off, initial=0) < 1e-3
+
+
+def _integers(tree):
+    """Counts of steps, restarts and retries, and whatever else shows that decisions agree."""
+    counts = lambda x: jnp.issubdtype(x.dtype, jnp.integer) and x.dtype != jnp.int8  # a buffer
+    return [x.tolist() for x in jax.tree.leaves(tree) if counts(x)]
+
+
+def test_restarts_and_retries_do_happen_there():
+    for name, field in (("restart often", "restarts"), ("backtracking", "restarts")):
+        state = alone(MORE[name].make())[1]
+        assert optax.tree.get(state, field) > 0, name
+
+
+def bytes_of(tree, device):
+    shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+    return sum(s.data.nbytes for s in shards if s.device == device)
+
+
+@every_kind
+@pytest.mark.parametrize("devices", [2, 8])
+def test_each_device_keeps_its_part_of_the_state(devices, kind):
+    mesh = mesh_of(devices, kind)
+    optimizer = nag_jax.zero1(NAG, mesh)
+    params = start()
+    state = optimizer.init(params)
+    whole = {x.shape: x.nbytes for x in jax.tree.leaves(NAG.init(params))}
+    small = sum(n for shape, n in whole.items() if np.prod(shape) < 1024)
+    small += 4 * (len(jax.tree.leaves(state)) - len(whole))  # scalars of the same shape
+    for device in mesh.devices.flat:
+        assert bytes_of(state, device) == whole[16, 64] / devices + small
+
+
+@every_kind
+def test_init_never_makes_the_state_whole(kind):
+    """By the compiled program: no buffer of it, temporary or not, has the whole shape."""
+    optimizer = nag_jax.zero1(NAG, mesh_of(kind=kind))
+    programs = []
+    params = {"w": jax.device_put(jnp.ones((1024, 256)), NamedSharding(mesh_of(kind=kind), P()))}
+    original = jax.jit
+
+    def recorded(function, **options):
+        compiled = original(function, **options).lower(params).compile()
+        programs.append(compiled)
+        return compiled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", recorded)
+        state = optimizer.init(params)
+    (program,) = programs
+    assert "1024,256" not in program.as_text()
+    memory = program.memory_analysis()
+    whole = 4 * 1024 * 256
+    used = memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert used + memory.argument_size_in_bytes < 1.1 * whole / 8
+    assert max(bytes_of(state, d) for d in jax.devices()) < 1.1 * whole / 8
+
+
+@every_kind
+def test_abstract_and_traced_init_split_alike(kind):
+    mesh = mesh_of(kind=kind)
+    optimizer, params = nag_jax.zero1(NAG, mesh), start()
+    state = optimizer.init(params)
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    placed = jax.device_put(params, NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):  # which JAX wants for a traced init under Explicit axes
+        traced = jax.jit(optimizer.init)(placed)
+    for other in (optimizer.init(abstract), traced):
+        chex.assert_trees_all_equal(other, state)
+        for x, y in zip(jax.tree.leaves(other), jax.tree.leaves(state), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+@every_kind
+def test_zero1_in_a_loop_of_ones_own_and_in_a_scan(kind):
+    """Momentum split without zero1: params come back split (Auto), or scan raises (Explicit)."""
+    mesh = mesh_of(kind=kind)
+    optimizer = nag_jax.zero1(NAG, mesh)
+    whole = NamedSharding(mesh, P())
+    batch = jax.device_put(BATCH, whole)
+    params = jax.device_put(start(), whole)
+    state = optimizer.init(params)
+
+    @chex.assert_max_traces(n=1)
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    scan = lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=15)[0]
+    expected, _ = alone(NAG)
+    lies = jax.tree.map(lambda x: x.sharding, (params, state))
+    scanned = jax.jit(scan, out_shardings=lies)((params, state))
+    for actual, after in (scanned, _loop(step, params, state)):
+        chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-6)
+        assert actual["w"].addressable_shards[0].data.shape == (16, 64)
+        buffer = optax.tree.get(after, "m")["w"]
+        assert buffer.addressable_shards[0].data.shape == (2, 64)
+
+
+def _loop(step, params, state):
+    step = jax.jit(chex.assert_max_traces(step.__wrapped__, n=1))
+    for _ in range(15):
+        params, state = step(params, state)
+    return params, state
+
+
+@every_kind
+@pytest.mark.parametrize("mode", ["jit", "shard_map"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_zero1_in_train_step(mode, accumulate, kind):
+    mesh = mesh_of(kind=kind)
+    optimizer = nag_jax.zero1(NAG, mesh)
+    step = nag_jax.train_step(loss, optimizer, mesh=mesh, mode=mode, accumulate=accumulate)
+    actual, _ = run(step, start())
+    chex.assert_trees_all_close(actual, alone(NAG)[0], rtol=0, atol=1e-6)
+
+
+@every_kind
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_parameters_split_over_devices(accumulate, kind):
+    """FSDP: nothing is whole anywhere for longer than it is used."""
+    mesh = mesh_of(kind=kind)
+
+    def gathered(params, batch):  # Explicit axes want to be told, as any model under them
+        if kind == AxisType.Explicit:
+            params = jax.tree.map(
+                lambda p: jax.sharding.reshard(p, NamedSharding(mesh, P())), params
+            )
+        return loss(params, batch)
+
+    step = nag_jax.train_step(gathered, NAG, mesh=mesh, accumulate=accumulate)
+    params = split_params(mesh)
+    parts = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, params)
+    actual, state = run(step, params)
+    chex.assert_trees_all_close(actual, alone(NAG)[0], rtol=0, atol=1e-6)
+    for tree in (actual, optax.tree.get(state, "m")):
+        assert jax.tree.map(lambda x: x.addressable_shards[0].data.shape, tree) == parts
+    assert parts["w"] == (2, 64)
+
+
+def test_modes_with_whole_parameters_refuse_split_ones():
+    for mode in ("shard_map", "pmap"):
+        step = nag_jax.train_step(loss, NAG, mesh=mesh_of(), mode=mode)
+        params = split_params(mesh_of())
+        with pytest.raises(ValueError, match="whole along 'data'"):
+            step(params, step.init(params), BATCH)
+
+
+def test_zero1_says_what_is_wrong():
+    for mesh, axis in (("cpu", "data"), (mesh_of(), "model")):
+        with pytest.raises(ValueError, match="mesh"):
+            nag_jax.zero1(NAG, mesh, axis)
+    with pytest.raises(ValueError, match="min_size"):
+        nag_jax.zero1(NAG, mesh_of(), min_size=0)
+    step = nag_jax.train_step(loss, nag_jax.zero1(NAG, mesh_of()), mode="pmap")
+    with pytest.raises(ValueError, match="zero1 was called inside pmap"):
+        run(step, start())
+
+
+def test_eval_params_of_split_state():
+    optimizer = nag_jax.zero1(NAG, mesh_of())
+    step = nag_jax.train_step(loss, optimizer, mesh=mesh_of())
+    params, state = run(step, start())
+    expected = nag_jax.eval_params(*alone(NAG))
+    chex.assert_trees_all_close(nag_jax.eval_params(params, state), expected, atol=1e-6)
+
+
+def unequal(spec, axes=("data",), shape=(8,)):
+    """An array whose copies differ by device, as a forgotten pmean leaves them."""
+    mesh = jax.make_mesh(shape, axes, (AxisType.Auto,) * len(axes))
+    add = lambda x: x + jax.lax.axis_index("data")
+    return jax.shard_map(add, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+        jnp.zeros((8, 4))
+    )
+
+
+def test_replicas_in_sync():
+    mesh = mesh_of()
+    equal = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P()))
+    parts = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P("data")))
+    assert nag_jax.replicas_in_sync({"a": equal, "b": parts, "c": 3, "d": None})
+    assert nag_jax.replicas_in_sync(jax.device_put(jax.random.key(0), NamedSharding(mesh, P())))
+    assert nag_jax.replicas_in_sync(jax.device_put(jnp.full(8, jnp.nan), NamedSharding(mesh, P())))
+    assert not nag_jax.replicas_in_sync((equal, unequal(P())))
+    assert nag_jax.replicas_in_sync(unequal(P("data")))
+    two = dict(axes=("data", "model"), shape=(4, 2))
+    assert not nag_jax.replicas_in_sync(unequal(P("model"), **two))
+    assert nag_jax.replicas_in_sync(unequal(P("data"), **two))
+
+
+def test_zero1_moves_a_gradient_and_an_update():
+    """In the compiled program: gradients reduced once, updates gathered, nothing else."""
+    mesh = mesh_of()
+    step = nag_jax.train_step(loss, nag_jax.zero1(NAG, mesh), mesh=mesh)
+    params = start()
+    text = step.lower(params, step.init(params), batch_of(32)).compile().as_text()
+    found = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+    assert sorted(set(found)) == ["all-gather", "all-reduce"]
+    assert found.count("all-gather") == 1
