@@ -15,7 +15,7 @@ _SLICES = 8
 class BlockState(NamedTuple):
     """What ``int8_blocks`` adds to the state of ``accelerate``."""
 
-    key: jax.Array  # seed and step, shape=(2,), uint32
+    key: jax.Array  # of the noise of the next step, shape=(2,), uint32
     scales: Any  # like params: float32, one for each block; int8 zeros where m is not int8
 
 

@@ -74,7 +74,11 @@ def check_rule(c: Coefficients) -> None:
 
 def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     """Real part of <a, b> over all leaves, and over the devices of ``axis_name``, in float32."""
-    return sum(inner_products(a, b, axis_name), jnp.zeros([], float))
+    each = inner_products(a, b, axis_name)
+    total = sum(each, jnp.zeros([], float))
+    # XLA on CPU would repeat this sum in the loops of each leaf, and take minutes to compile
+    # hundreds of them. A sort, here of two equal numbers, is what it never fuses.
+    return jax.lax.sort(jnp.stack([total, total]))[0] if len(each) > 1 and _on_cpu() else total
 
 
 def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
@@ -85,16 +89,26 @@ def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [varying_axes(x) & set(axes) for x in terms]
     over = [tuple(vary) if any(varying) else axes for vary in varying]
-    return [jax.lax.psum(x, axes) if axes else x for x, axes in zip(terms, over, strict=True)]
+    for group in set(over) - {()}:
+        members = [i for i, axes in enumerate(over) if axes == group]
+        summed = jax.lax.psum([terms[i] for i in members], group)
+        for i, term in zip(members, summed, strict=True):
+            terms[i] = term
+    return terms
 
 
 def _total(x: jax.Array) -> jax.Array:
     """The sum of all elements."""
-    if jax.default_backend() != "cpu" or x.ndim < 2 or x.size < 2**16 or x.shape[-1] % 8:
+    if not _on_cpu() or x.ndim < 2 or x.size < 2**16 or x.shape[-1] % 8:
         return jnp.sum(x)
     # XLA on CPU hands a plain sum to a library, and for that first writes out what is summed. An
     # addition that it does not know for one, over the sum of eight slices, takes half the time.
-    add = lambda a, b: jnp.where(jnp.isnan(a), a, a + b)
+    # (Not jnp.where: the function that it calls, inside a reduction in a loop, crashed jaxlib.)
+    add = lambda a, b: jax.lax.select(jax.lax.ne(a, a), a, a + b)
     folded = functools.reduce(jnp.add, jnp.split(x, 8, -1))
     rows = jax.lax.reduce(folded, jnp.zeros([], x.dtype), add, (x.ndim - 1,))
     return jnp.sum(rows)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

@@ -1,4 +1,4 @@
-"""Stochastic rounding: noise that is a function of (seed, step, leaf, element), and its use."""
+"""Stochastic rounding: noise that is a function of seed, step, leaf and element, and its use."""
 
 import math
 from typing import Any
@@ -10,13 +10,14 @@ from nag_jax._checks import check_range
 
 
 def start_key(seed: Any) -> jax.Array:
-    """The key of step 0, uint32 [2]: the seed and the step."""
-    return jnp.stack([jnp.asarray(seed, jnp.uint32), jnp.zeros([], jnp.uint32)])
+    """The key of the first step, uint32 [2]."""
+    return next_key(jnp.stack([jnp.asarray(seed, jnp.uint32), jnp.zeros([], jnp.uint32)]))
 
 
 def next_key(key: jax.Array) -> jax.Array:
     """The key of the step after that of ``key``."""
-    return key + jnp.array([0, 1], jnp.uint32)
+    first = _hash(key[0] + jnp.uint32(0x9E3779B9))
+    return jnp.stack([first, _hash(key[1] + first)])
 
 
 def check_seed(seed: Any) -> None:
@@ -33,15 +34,16 @@ def uniform_bits(key: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array
 
     An integer hash of the element's index, so that it costs a few instructions inside the loop
     that uses it, and is the same however the array is sharded. jax.random would take longer than
-    the whole step.
+    the whole step. Keys are hashed once a step, not for each leaf, which would take long to
+    compile for thousands of leaves.
     """
-    seed = _hash(key[0] + jnp.uint32(leaf * 0x9E3779B9 % 2**32))
-    step = _hash(key[1] ^ _hash(~seed))
+    start = key[0] + jnp.uint32(leaf * 0x9E3779B9 % 2**32)
+    between = key[1] ^ jnp.uint32(leaf * 0x85EBCA6B % 2**32)
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-    return _multiply(index + seed, step) >> 16
+    return _multiply(index + start, between) >> 16
 
 
 def _multiply(x: jax.Array, between: Any) -> jax.Array:

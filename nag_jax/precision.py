@@ -21,7 +21,7 @@ from nag_jax._storage import Storage, map_numbered, zeros
 class NoiseState(NamedTuple):
     """What stochastic rounding remembers between two steps."""
 
-    key: jax.Array  # seed and step, shape=(2,), uint32
+    key: jax.Array  # of the noise of the next step, shape=(2,), uint32
 
 
 def stochastic_bfloat16(seed: int = 0) -> Storage:
@@ -151,7 +151,7 @@ def int8_blocks(
 class RoundingState(NamedTuple):
     """State of :func:`stochastic_rounding`."""
 
-    key: jax.Array  # seed and step, shape=(2,), uint32
+    key: jax.Array  # of the noise of the next step, shape=(2,), uint32
 
 
 def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
