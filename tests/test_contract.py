@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -326,7 +327,8 @@ def copies(optimizer):
     squares = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
     step = lambda p, s, g: step_of(optimizer, lambda _: g, squares)(p, s)
     arguments = params, optimizer.init(params), jax.tree.map(jnp.ones_like, params)
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().as_text()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments)
+    program = programs.compiled(lowered).as_text()
     return re.findall(r"f32\[(?:257,129|33,65)\]\S* copy\(.*", program)
 
 

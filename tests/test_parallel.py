@@ -1,7 +1,6 @@
 """One step over devices: the same numbers in every mode, one all-reduce, no update from a NaN."""
 
 import functools
-import re
 from pathlib import Path
 
 import chex
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -64,14 +64,7 @@ def run(step, params, batches, **given):
 
 
 def collectives(step, *arguments):
-    """The elements of each collective in the compiled program: ``{"all-reduce": [...], ...}``."""
-    text, found = step.lower(*arguments).compile().as_text(), {}
-    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\("
-    for shapes, name in re.findall(pattern, text):
-        dimensions = [s.split(",") for s in re.findall(r"\[(.*?)\]", shapes)]
-        sizes = [np.prod([int(n) for n in d if n]) for d in dimensions]
-        found.setdefault(name, []).append(int(sum(sizes)))
-    return found
+    return programs.collectives(programs.compiled(step.lower(*arguments)).as_text())
 
 
 NAG = nag_jax.nag(0.01, 0.9)  # far from where rounding would grow

@@ -89,8 +89,7 @@ def assert_close_end(workdir, reference):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_two_by_two_is_one_process(server, options, whole, tmp_path, devices):
-    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    run = server.start(tmp_path / "run", *options, environment=environment)
+    run = server.start(tmp_path / "run", *options, environment=forks.on_devices(devices))
     assert run.end() == 0, run.stderr
     assert_close_end(tmp_path / "run", whole)
     assert rows_of(whole)[-1]["bad_records"] == 1
@@ -193,8 +192,7 @@ def test_the_order_of_the_data_is_the_same_on_any_devices(server, options, tmp_p
         workdir = tmp_path / str(devices)
         if devices < 8:  # goes on from the middle of the run on 8
             interrupted(tmp_path / "8", workdir, 8)
-        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        run = server.start(workdir, *still, environment=environment)
+        run = server.start(workdir, *still, environment=forks.on_devices(devices))
         assert run.end() == 0, run.stderr
         assert ("going on from step 8" in run.stdout) == (devices < 8)
         counts[devices] = [row["train_accuracy"] for row in rows_of(workdir)]

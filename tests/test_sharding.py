@@ -1,6 +1,5 @@
 """State split over devices: 1/N of the bytes, the numbers of one device, for every optimizer."""
 
-import re
 from typing import NamedTuple
 
 import chex
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -189,19 +189,19 @@ def test_each_device_keeps_its_part_of_the_state(devices, kind):
 def test_init_never_makes_the_state_whole(kind):
     """By the compiled program: no buffer of it, temporary or not, has the whole shape."""
     optimizer = nag_jax.zero1(NAG, mesh_of(kind=kind))
-    programs = []
+    seen = []
     params = {"w": jax.device_put(jnp.ones((1024, 256)), NamedSharding(mesh_of(kind=kind), P()))}
     original = jax.jit
 
     def recorded(function, **options):
-        compiled = original(function, **options).lower(params).compile()
-        programs.append(compiled)
+        compiled = programs.compiled(original(function, **options).lower(params))
+        seen.append(compiled)
         return compiled
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", recorded)
         state = optimizer.init(params)
-    (program,) = programs
+    (program,) = seen
     assert "1024,256" not in program.as_text()
     memory = program.memory_analysis()
     whole = 4 * 1024 * 256
@@ -342,12 +342,19 @@ def test_replicas_in_sync():
     assert nag_jax.replicas_in_sync(unequal(P("data"), **two))
 
 
-def test_zero1_moves_a_gradient_and_an_update():
-    """In the compiled program: gradients reduced once, updates gathered, nothing else."""
-    mesh = mesh_of()
-    step = nag_jax.train_step(loss, nag_jax.zero1(NAG, mesh), mesh=mesh)
-    params = start()
-    text = step.lower(params, step.init(params), batch_of(32)).compile().as_text()
-    found = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
-    assert sorted(set(found)) == ["all-gather", "all-reduce"]
-    assert found.count("all-gather") == 1
+@pytest.mark.parametrize(
+    ("mode", "clip", "scalars"), [("jit", False, 2), ("shard_map", False, 0), ("jit", True, 3)]
+)
+def test_zero1_moves_a_gradient_and_an_update(mode, clip, scalars):
+    """In the compiled program: gradients reduced once, then a few numbers, updates gathered."""
+    mesh, params = mesh_of(), start()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), NAG) if clip else NAG
+    step = nag_jax.train_step(loss, nag_jax.zero1(optimizer, mesh), mesh=mesh, mode=mode)
+    lowered = step.lower(params, step.init(params), batch_of(32))
+    found = programs.collectives(programs.compiled(lowered).as_text())
+    assert set(found) == {"all-gather", "all-reduce"}
+    assert found["all-gather"] == [16 * 64]
+    *few, gradient = sorted(found["all-reduce"])
+    assert len(few) == scalars
+    assert all(size <= len(params) for size in few)
+    assert 0 <= gradient - sum(p.size for p in jax.tree.leaves(params)) <= 2  # loss and weight
