@@ -111,7 +111,7 @@ def test_in_memory_data_on_two_processes(server, tmp_path):
 
 def test_the_others_stop_when_one_is_killed(server, options, whole, tmp_path):
     workdir = tmp_path / "run"
-    run = Launched(server, workdir, *options, "--config.num_epochs=1000")
+    run = Launched(server, workdir, *options, "--config.num_epochs=1000", "--heartbeat=8")
     run.until(lambda: (workdir / "checkpoints" / "4").exists())
     os.kill(run.child(1), signal.SIGKILL)
     start = time.monotonic()
@@ -206,6 +206,7 @@ def test_steps_and_replicas_of_two_processes(server, tmp_path):
             r"--process_id must be in \[0, 2\) for --num_processes=2, got 2",
         ),
         (["--distributed"], "the processes did not find each other: "),
+        (["--distributed", "--heartbeat=0"], "--heartbeat must be at least 1 second, got 0"),
     ],
 )
 def test_flags_that_do_not_fit(server, tmp_path, flags, message):
