@@ -23,6 +23,24 @@ def compiled(lowered):
     return lowered.compile(compiler_options=_USUAL)
 
 
+def computations(text):
+    """The computations of an HLO module by name, the entry under "ENTRY"."""
+    parts = re.findall(r"^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", text, flags=re.M | re.S)
+    return {"ENTRY" if entry else name: body for entry, name, body in parts}
+
+
+def in_loops(text):
+    """What of a program is in the bodies of its loops, and in what these call."""
+    parts, reached = computations(text), {}
+    names = re.findall(r" while\(.* body=%?([\w.-]+)", text)
+    while names:
+        name = names.pop()
+        if name in parts and name not in reached:
+            reached[name] = parts[name]
+            names += re.findall(r"[\w.-]+", parts[name])
+    return "\n".join(reached.values())
+
+
 def collectives(text):
     """The elements of each collective in a program: ``{"all-reduce": [...], ...}``."""
     found = {}

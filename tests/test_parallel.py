@@ -63,8 +63,8 @@ def run(step, params, batches, **given):
     return params, state, metrics
 
 
-def collectives(step, *arguments):
-    return programs.collectives(programs.compiled(step.lower(*arguments)).as_text())
+def text_of(step, *arguments):
+    return programs.compiled(step.lower(*arguments)).as_text()
 
 
 NAG = nag_jax.nag(0.01, 0.9)  # far from where rounding would grow
@@ -118,8 +118,11 @@ def test_one_all_reduce_per_update(mode, accumulate):
     step = nag_jax.train_step(loss_and_more, NAG, mode=mode, accumulate=accumulate, has_aux=True)
     params = start()
     state = step.init(params, model_state=jnp.zeros(3))
-    found = collectives(step, params, state, batch_of(64))
+    text = text_of(step, params, state, batch_of(64))
+    found = programs.collectives(text)
     assert set(found) == {"all-reduce"}
+    assert not programs.collectives(programs.in_loops(text))
+    assert bool(programs.in_loops(text)) == (accumulate > 1)
     (size,) = found["all-reduce"]
     gradient, mean_of_x = sum(p.size for p in jax.tree.leaves(params)), 3
     assert gradient + mean_of_x < size <= gradient + mean_of_x + 3  # and weight, loss, aux
@@ -132,12 +135,13 @@ def test_an_all_reduce_for_each_micro_batch_is_seen():
             return jax.tree.map(jnp.add, total, jax.lax.psum(gradient, "data")), None
 
         pieces = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
-        return jax.lax.psum(jax.lax.scan(add, params, pieces)[0], "data")
+        return jax.lax.scan(add, params, pieces)[0]
 
     mapped = jax.shard_map(
         summed, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P(), check_vma=False
     )
-    assert len(collectives(jax.jit(mapped), start(), batch_of(64))["all-reduce"]) > 1
+    text = text_of(jax.jit(mapped), start(), batch_of(64))
+    assert programs.collectives(programs.in_loops(text)) == programs.collectives(text) != {}
 
 
 @every_mode
