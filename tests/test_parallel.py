@@ -400,8 +400,10 @@ def test_gradients_of_steps_by_hand_are_what_the_page_says():
     ]
     p, x = jnp.float32(3), np.linspace(0.1, 2, 64, dtype=np.float32)
     right = jax.grad(value)(p, x)
-    mapped = lambda body, check: jax.shard_map(
-        body, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P(), check_vma=check
+    mapped = lambda body, check: jax.jit(
+        jax.shard_map(
+            body, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P(), check_vma=check
+        )
     )(p, x)
     for body, (name, *cells) in zip(bodies, wrong_gradients(), strict=True):
         results = (
