@@ -71,7 +71,8 @@ def run(step, params, steps=15):
         params, state, _ = step(params, state, BATCH)
     step.check(state)
     for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(lies), strict=True):
-        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+        whole = x.sharding.is_fully_replicated and sharding.is_fully_replicated  # pmap of jax 0.7
+        assert whole or x.sharding.is_equivalent_to(sharding, x.ndim)
     return params, state
 
 
