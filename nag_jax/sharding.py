@@ -114,7 +114,8 @@ def replicas_in_sync(tree: Any) -> bool:
 
     A forgotten ``pmean`` raises no error: each device trains on, and reading an array shows the
     copy of the first. This compares all copies, of whole arrays and of parts that several devices
-    hold. Every process has to call it; it waits for the arrays and copies them to the host.
+    hold. Every process has to call it; it waits for the arrays and copies them to the host. An
+    array that lives on devices of one process alone is compared within that process.
 
     Args:
       tree: of ``jax.Array``; other leaves are passed over.

@@ -219,6 +219,14 @@ def test_pieces_count_by_their_weight(mode, accumulate):
         assert np.abs(wrong - expected).max() > 1e-2
 
 
+def test_the_norm_of_a_float16_gradient_does_not_overflow():
+    step = nag_jax.train_step(lambda p, b: 300 * jnp.sum(p) * jnp.mean(b), optax.sgd(1e-3))
+    params, state, metrics = run(step, jnp.zeros(4, jnp.float16), [np.ones(8, np.float16)])
+    assert params.dtype == jnp.float16
+    assert metrics["grad_norm"] == 600
+    assert state.skipped == 0
+
+
 def normalized(axis):
     """A loss with BatchNorm over all devices of ``axis``, and its running mean."""
     mean = lambda x: x if axis is None else jax.lax.pmean(x, axis)
