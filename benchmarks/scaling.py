@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.scaling`` takes all GPUs or TPU cores there are, or 8 virtual CPU devices,
 which share the machine's cores: there only the order of the rows means something, and the bytes.
-Writes benchmarks/results/scaling.json.
+Steps per second of CPU time tell what other programs on the machine do not change. Writes
+benchmarks/results/scaling.json.
 """
 
 import os
@@ -12,6 +13,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("PJRT_NPROC", "32")
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -56,11 +58,20 @@ def sent(found: dict[str, int], devices: int) -> float:
     return sum(size * weight.get(name, share) for name, size in found.items())
 
 
-def loss_fn(params: Any, batch: Any) -> jax.Array:
+def loss_fn(params: Any, batch: Any, product: Any = jnp.matmul) -> jax.Array:
     hidden = batch["x"]
     for w in params["hidden"]:
-        hidden = jnp.tanh(hidden @ w)
-    return jnp.mean((hidden @ params["out"] - batch["y"]) ** 2)
+        hidden = jnp.tanh(product(hidden, w))
+    return jnp.mean((product(hidden, params["out"]) - batch["y"]) ** 2)
+
+
+@jax.custom_vjp
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x @ w``, whose gradient for w is not the transpose of a product, as JAX has it."""
+    return x @ w
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
 
 
 def make_params(width: int) -> Any:
@@ -76,6 +87,7 @@ def make_batch(rows: int, width: int) -> Any:
 
 
 WAYS = ("jit", "shard_map", "pmap", "jit, zero1", "jit, fsdp", "jit, accumulate 4")
+MORE_WAYS = ("jit, untransposed",)
 
 
 def prepare(way: str, mesh: Mesh, width: int) -> tuple[Any, Any]:
@@ -88,9 +100,8 @@ def prepare(way: str, mesh: Mesh, width: int) -> tuple[Any, Any]:
     if extra == "fsdp":
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec("data")))
     accumulate = 4 if extra == "accumulate 4" else 1
-    return nag_jax.train_step(
-        loss_fn, optimizer, mesh=mesh, mode=mode, accumulate=accumulate
-    ), params
+    loss = functools.partial(loss_fn, product=product) if extra == "untransposed" else loss_fn
+    return nag_jax.train_step(loss, optimizer, mesh=mesh, mode=mode, accumulate=accumulate), params
 
 
 def measure(way: str, devices: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -100,19 +111,21 @@ def measure(way: str, devices: int, options: argparse.Namespace) -> dict[str, An
     if not way.startswith("pmap"):
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     found = collectives(step.lower(params, state, batch).compile().as_text())
-    rates = []
+    rates, cpu_rates = [], []
     for _ in range(options.rounds + 1):  # the first compiles
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(options.steps):
             params, state, _ = step(params, state, batch)
         jax.block_until_ready(params)
         rates.append(options.steps / (time.perf_counter() - start))
+        cpu_rates.append(options.steps / (time.process_time() - cpu_start))
     held = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
     return {
         "way": way,
         "devices": devices,
         "steps_per_second": round(statistics.median(rates[1:]), 2),
         "least_and_most": [round(min(rates[1:]), 2), round(max(rates[1:]), 2)],
+        "steps_per_cpu_second": round(statistics.median(cpu_rates[1:]), 2),
         "collective_bytes": found,
         "bytes_sent_by_device": round(sent(found, devices)),
         "bytes_held_by_device": held((params, state)),
@@ -125,14 +138,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024, help="of the whole batch")
     parser.add_argument("--steps", type=int, default=10, help="in each round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS + MORE_WAYS, default=WAYS)
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--out", type=Path, default=_RESULT)
     options = parser.parse_args()
-    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= jax.device_count()]
+    counts = [n for n in options.devices if n <= jax.device_count()]
     size = sum(x.nbytes for x in jax.tree.leaves(make_params(options.width)))
     print(f"parameters: {size} bytes, on {jax.devices()[0].device_kind}")
     results = []
     for devices in counts:
-        for way in WAYS:
+        for way in options.ways:
             results.append(measure(way, devices, options))
             print(json.dumps(results[-1]))
     report = describe_machine("benchmarks.scaling") | {

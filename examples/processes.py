@@ -11,11 +11,13 @@ from jax.experimental import multihost_utils
 
 from examples.errors import UserError
 
-_HEARTBEAT = 30  # seconds of silence after which a process is taken for dead
-
 
 def join(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    detect: bool,
+    heartbeat: int,
 ) -> None:
     """Waits for the other processes; does nothing if none of it is given.
 
@@ -24,6 +26,7 @@ def join(
       num_processes: how many there are, at least 1.
       process_id: which of them this is, 0 to num_processes - 1.
       detect: take what is not given from SLURM, Kubernetes, MPI or a TPU pod.
+      heartbeat: seconds of silence after which a process is taken for dead, at least 1.
 
     Raises:
       UserError: if some of the first three are missing, out of range, or nobody answers.
@@ -41,9 +44,11 @@ def join(
             f"--process_id must be in [0, {num_processes}) for --num_processes={num_processes}, "
             f"got {process_id}"
         )
+    if heartbeat < 1:
+        raise UserError(f"--heartbeat must be at least 1 second, got {heartbeat}")
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -54,6 +54,11 @@ def make_update(
     The gradients of ``accumulate`` micro-batches are summed one after the other, so the update is
     that of the whole batch. An update whose loss or gradient is not finite changes only the step
     and ``skipped``.
+
+    It is not ``nag_jax.train_step``: that averages what is to be logged, where sums of a log have
+    to be exact, and accumulates on each device apart, where BatchNorm here sees all devices' rows
+    and gives the same numbers on any number of them. The price: with several devices gradients are
+    reduced for each micro-batch, not once for the update.
     """
 
     def gradients(params: Any, rest: Any, batch: Batch) -> tuple[Any, Any, Sums]:

@@ -214,7 +214,11 @@ def main(arguments: list[str]) -> None:
     options = flags.FLAGS
     try:
         processes.join(
-            options.coordinator, options.num_processes, options.process_id, options.distributed
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            options.distributed,
+            options.heartbeat,
         )
         run = find_learning_rate if options.config.find_lr else train_and_evaluate
         run(options.config, options.workdir)
@@ -245,5 +249,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "How many processes train together.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
     flags.DEFINE_bool("distributed", False, "Ask SLURM, Kubernetes, MPI or the TPU pod for these.")
+    flags.DEFINE_integer("heartbeat", 30, "Seconds of silence after which a process is lost.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

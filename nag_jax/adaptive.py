@@ -58,7 +58,8 @@ def adanag(
     Args:
       initial: learning rate of that first trial, above 0; None: :math:`10^{-3} |f| / \|g\|^2`,
         which has the right units, so that f may be multiplied by anything.
-      axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``.
+      axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``; value has to
+        be that of all devices then.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``value``; no ``value_fn``.

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
 
 from nag_jax import _gradients
+from nag_jax._arithmetic import wide
 from nag_jax._checks import check_choice
 from nag_jax._modes import Devices
 from nag_jax.sharding import check_axis
@@ -226,9 +227,12 @@ class TrainStep:
             self._loss, split, params, state.model_state, key, main, extra, gradient
         )
         loss, gradient, aux, model_state = mean(params, True)
+        # By itself, though the norm would tell: where the gradient is split, XLA joins sums over
+        # devices in the order of use, and sums of squares between them would keep them apart.
         finite = jnp.isfinite(loss) & jnp.all(
             jnp.array([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradient)])
         )
+        norm = optax.tree.norm(jax.tree.map(wide, gradient))
         go = finite & (state.in_a_row == 0) if self._raises else finite
 
         def changed() -> tuple[Any, Any, Any]:
@@ -249,7 +253,7 @@ class TrainStep:
             skipped=state.skipped + left_out,
             in_a_row=(state.in_a_row + 1) * left_out,
         )
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient), "skipped": state.skipped}
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": state.skipped}
         return params, state, metrics | ({"aux": aux} if self._loss.has_aux else {}), _alarm(state)
 
     def _select(self, condition: jax.Array, new: Callable[[], Any], old: Any) -> Any:

@@ -27,6 +27,11 @@ def zero1(
     that part of the update, and gathers the rest of the update from the others. The numbers are
     those of ``optimizer``. A leaf is split along its first dimension that N divides.
 
+    What is computed from all of the gradient, such as a norm to clip by, then takes an all-reduce
+    of a few numbers. In ``train_step`` with mode "jit" there are two of these, for its own norm and
+    for whether all is finite; with mode "shard_map" none, but there XLA cannot make the all-reduce
+    of the gradient a reduce-scatter, which has half the bytes.
+
     It wraps whole optimizers (clipping included), outside of ``shard_map`` and ``pmap``: in
     ``jax.jit``, in a scan, in ``train_step`` with mode "jit" or "shard_map". Under Auto axes give
     the jit around a scan of your own ``out_shardings``: XLA is else free to return parameters
@@ -110,7 +115,8 @@ def replicas_in_sync(tree: Any) -> bool:
 
     A forgotten ``pmean`` raises no error: each device trains on, and reading an array shows the
     copy of the first. This compares all copies, of whole arrays and of parts that several devices
-    hold. Every process has to call it; it waits for the arrays and copies them to the host.
+    hold. Every process has to call it; it waits for the arrays and copies them to the host. An
+    array that lives on devices of one process alone is compared within that process.
 
     Args:
       tree: of ``jax.Array``; other leaves are passed over.

@@ -73,7 +73,9 @@ def backtracking(
       shrink: factor after a failed test, in (0, 1).
       restart: "gradient", "value", "speed", None for never, or a condition from
         ``nag_jax.restart``; how often it fired is ``optax.tree.get(state, "restarts")``.
-      axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``.
+      axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``; value and
+        value_fn have to be sums over the devices then, and without axis_name a value_fn with a
+        ``psum`` makes devices that search for longer wait for the others for ever.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``, ``value`` and

@@ -2,9 +2,12 @@
 
 import os
 
+import programs
+
 # Before jax starts: fewer threads than this deadlock data-parallel loops on virtual devices.
 os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", programs.FLAGS)
 
 import chex
 import forks

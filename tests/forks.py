@@ -18,6 +18,12 @@ ROOT = Path(__file__).parent.parent
 LIMIT = 60  # seconds for any run
 
 
+def on_devices(count):
+    """The environment of a run on that many CPU devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {"XLA_FLAGS": flags}
+
+
 class Run:
     """A process that trains, in a folder of its own for what it says."""
 

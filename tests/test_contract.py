@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -163,15 +164,15 @@ def step_of(optimizer, gradient=None, loss=loss):
     return step
 
 
-def run(optimizer, params, steps=12):
-    state, step = optimizer.init(params), jax.jit(step_of(optimizer))
-    for _ in range(steps):
+def run(optimizer, params, step=None):
+    state, step = optimizer.init(params), step or jax.jit(step_of(optimizer))
+    for _ in range(12):
         params, state = step(params, state)
     return params, state
 
 
-def shapes(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), jax.eval_shape(lambda: tree))
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
 
 
 @every_case
@@ -196,16 +197,16 @@ def test_state_and_update_types_are_stable(case, params_dtype, gradient_dtype):
     optimizer = case.make()
     params = example_params(params_dtype)
     gradients = jax.tree.map(lambda p: jnp.ones_like(p, gradient_dtype), params)
-    state = optimizer.init(params)
     extra = known(params)
-    updates, new_state = optimizer.update(gradients, state, params, **extra)
-    assert shapes(new_state) == shapes(state)
+    update = lambda state: optimizer.update(gradients, state, params, **extra)
+    state = jax.eval_shape(optimizer.init, params)  # types are known without compiling
+    updates, new_state = jax.eval_shape(update, state)
+    assert types(new_state) == types(state)
     if "decay" not in str(case.kwargs):  # optax adds float32 params to bfloat16 gradients there
         chex.assert_trees_all_equal_dtypes(updates, gradients)
-    body = lambda carry, _: (optimizer.update(gradients, carry, params, **extra)[1], None)
-    jax.lax.scan(body, state, length=3)
-    update = lambda state: optimizer.update(gradients, state, params, **extra)[1]
-    jax.lax.cond(True, update, lambda s: s, state)
+    scan = lambda state: jax.lax.scan(lambda s, _: (update(s)[1], None), state, length=3)
+    jax.eval_shape(scan, state)
+    jax.eval_shape(lambda s: jax.lax.cond(True, lambda s: update(s)[1], lambda s: s, s), state)
 
 
 @every_case
@@ -220,8 +221,9 @@ def test_compiles_once(case):
 @every_case
 def test_scan_vmap_and_eager_agree_with_a_jitted_loop(case):
     optimizer, params = case.make(), example_params()
-    expected, _ = run(optimizer, params)
     step = step_of(optimizer)
+    jitted = jax.jit(step)
+    expected, _ = run(optimizer, params, jitted)
     scanned, _ = jax.jit(
         lambda carry: jax.lax.scan(lambda c, _: (step(*c), None), carry, length=12)[0]
     )((params, optimizer.init(params)))
@@ -235,7 +237,7 @@ def test_scan_vmap_and_eager_agree_with_a_jitted_loop(case):
     carry, batched_step = (batched, jax.vmap(optimizer.init)(batched)), jax.jit(jax.vmap(step))
     for _ in range(12):
         carry = batched_step(*carry)
-    double, _ = run(optimizer, jax.tree.map(lambda p: 2 * p, params))
+    double, _ = run(optimizer, jax.tree.map(lambda p: 2 * p, params), jitted)
     row = lambda i: jax.tree.map(lambda p: p[i], carry[0])
     close((row(0), row(1)), (expected, double))
 
@@ -338,7 +340,8 @@ def copies(optimizer):
     squares = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
     step = lambda p, s, g: step_of(optimizer, lambda _: g, squares)(p, s)
     arguments = params, optimizer.init(params), jax.tree.map(jnp.ones_like, params)
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile().as_text()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments)
+    program = programs.compiled(lowered).as_text()
     return re.findall(r"f32\[(?:257,129|33,65)\]\S* copy\(.*", program)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 import reference
 from flax import nnx
@@ -225,12 +226,6 @@ def test_workers_are_the_same_bit_for_bit_after_each_outer_step(way):
     assert spread(trace[-1][1].slow) > 0
 
 
-def programs(text):
-    """The computations of an HLO module by name, the entry under "ENTRY"."""
-    parts = re.findall(r"^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", text, flags=re.M | re.S)
-    return {"ENTRY" if entry else name: body for entry, name, body in parts}
-
-
 COLLECTIVE = r" (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\("
 
 
@@ -238,12 +233,12 @@ def compiled(step, optimizer, size=64, donate=(0, 1)):
     start, curvature, target = problem(8, size)
     state = jax.vmap(optimizer.init)(start)
     jitted = jax.jit(sharded(step, 8, ROWS, ROWS[:2]), donate_argnums=donate)
-    return jitted.lower(start, state, curvature, target).compile().as_text()
+    return programs.compiled(jitted.lower(start, state, curvature, target)).as_text()
 
 
 def test_nothing_is_communicated_between_outer_steps():
     optimizer = nag_jax.diloco(nag_jax.nag(0.1, 0.9), AXIS, every=5)
-    parts = programs(compiled(step_of(optimizer), optimizer))
+    parts = programs.computations(compiled(step_of(optimizer), optimizer))
     (meeting,) = [name for name, body in parts.items() if re.search(COLLECTIVE, body)]
     assert meeting != "ENTRY"
     (branch,) = re.findall(r"conditional\(.*branch_computations=\{(.*?)\}", parts["ENTRY"])
@@ -253,14 +248,14 @@ def test_nothing_is_communicated_between_outer_steps():
     inner_step = compiled(step_of(optimizer, sync=False), optimizer)
     assert not re.search(COLLECTIVE + "| conditional", inner_step)
     last_step = compiled(step_of(optimizer, sync=True), optimizer)
-    assert len(re.findall(COLLECTIVE, programs(last_step)["ENTRY"])) == 1
+    assert len(re.findall(COLLECTIVE, programs.computations(last_step)["ENTRY"])) == 1
 
     def synchronous(params, state, curvature, target):
         gradient = jax.lax.pmean(curvature * (params - target), AXIS)
         updates, state = optimizer.update(gradient, state, params, sync=False)
         return optax.apply_updates(params, updates), state
 
-    assert re.search(COLLECTIVE, programs(compiled(synchronous, optimizer))["ENTRY"])
+    assert re.search(COLLECTIVE, programs.computations(compiled(synchronous, optimizer))["ENTRY"])
 
 
 @EVERY_WAY

@@ -411,11 +411,8 @@ def test_no_save_is_refused_silently(tmp_path):
 
 
 def test_runs_move_between_numbers_of_devices(server, tmp_path):
-    def on(count):
-        return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-
     options = ["--config.keep=9", "--config.num_epochs=3", "--config.checkpoint_every=11"]
-    finish(server, tmp_path / "8", *options, environment=on(8))
+    finish(server, tmp_path / "8", *options, environment=forks.on_devices(8))
     expected = rows_of(tmp_path / "8")
     folder = tmp_path / "8" / "checkpoints"
     saved = arrays_in(folder, 22)
@@ -433,7 +430,7 @@ def test_runs_move_between_numbers_of_devices(server, tmp_path):
         for name, array in saved.items():
             assert len(state[name].devices()) == count
             assert np.asarray(state[name]).tobytes() == np.asarray(array).tobytes()
-        run = finish(server, workdir, *options, environment=on(count))
+        run = finish(server, workdir, *options, environment=forks.on_devices(count))
         assert "going on from step 22" in run.stdout
         for ours, theirs in zip(rows_of(workdir), expected, strict=True):
             assert ours == (theirs if theirs["step"] <= 22 else pytest.approx(theirs, rel=1e-5))

@@ -1,7 +1,6 @@
 """One step over devices: the same numbers in every mode, one all-reduce, no update from a NaN."""
 
 import functools
-import re
 from pathlib import Path
 
 import chex
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -63,15 +63,8 @@ def run(step, params, batches, **given):
     return params, state, metrics
 
 
-def collectives(step, *arguments):
-    """The elements of each collective in the compiled program: ``{"all-reduce": [...], ...}``."""
-    text, found = step.lower(*arguments).compile().as_text(), {}
-    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\("
-    for shapes, name in re.findall(pattern, text):
-        dimensions = [s.split(",") for s in re.findall(r"\[(.*?)\]", shapes)]
-        sizes = [np.prod([int(n) for n in d if n]) for d in dimensions]
-        found.setdefault(name, []).append(int(sum(sizes)))
-    return found
+def text_of(step, *arguments):
+    return programs.compiled(step.lower(*arguments)).as_text()
 
 
 NAG = nag_jax.nag(0.01, 0.9)  # far from where rounding would grow
@@ -125,8 +118,11 @@ def test_one_all_reduce_per_update(mode, accumulate):
     step = nag_jax.train_step(loss_and_more, NAG, mode=mode, accumulate=accumulate, has_aux=True)
     params = start()
     state = step.init(params, model_state=jnp.zeros(3))
-    found = collectives(step, params, state, batch_of(64))
+    text = text_of(step, params, state, batch_of(64))
+    found = programs.collectives(text)
     assert set(found) == {"all-reduce"}
+    assert not programs.collectives(programs.in_loops(text))
+    assert bool(programs.in_loops(text)) == (accumulate > 1)
     (size,) = found["all-reduce"]
     gradient, mean_of_x = sum(p.size for p in jax.tree.leaves(params)), 3
     assert gradient + mean_of_x < size <= gradient + mean_of_x + 3  # and weight, loss, aux
@@ -139,12 +135,13 @@ def test_an_all_reduce_for_each_micro_batch_is_seen():
             return jax.tree.map(jnp.add, total, jax.lax.psum(gradient, "data")), None
 
         pieces = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
-        return jax.lax.psum(jax.lax.scan(add, params, pieces)[0], "data")
+        return jax.lax.scan(add, params, pieces)[0]
 
     mapped = jax.shard_map(
         summed, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P(), check_vma=False
     )
-    assert len(collectives(jax.jit(mapped), start(), batch_of(64))["all-reduce"]) > 1
+    text = text_of(jax.jit(mapped), start(), batch_of(64))
+    assert programs.collectives(programs.in_loops(text)) == programs.collectives(text) != {}
 
 
 @every_mode
@@ -220,6 +217,14 @@ def test_pieces_count_by_their_weight(mode, accumulate):
         )
         wrong, _, _ = run(unweighted, jnp.zeros(3), [batch] * 5)
         assert np.abs(wrong - expected).max() > 1e-2
+
+
+def test_the_norm_of_a_float16_gradient_does_not_overflow():
+    step = nag_jax.train_step(lambda p, b: 300 * jnp.sum(p) * jnp.mean(b), optax.sgd(1e-3))
+    params, state, metrics = run(step, jnp.zeros(4, jnp.float16), [np.ones(8, np.float16)])
+    assert params.dtype == jnp.float16
+    assert metrics["grad_norm"] == 600
+    assert state.skipped == 0
 
 
 def normalized(axis):
@@ -403,8 +408,10 @@ def test_gradients_of_steps_by_hand_are_what_the_page_says():
     ]
     p, x = jnp.float32(3), np.linspace(0.1, 2, 64, dtype=np.float32)
     right = jax.grad(value)(p, x)
-    mapped = lambda body, check: jax.shard_map(
-        body, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P(), check_vma=check
+    mapped = lambda body, check: jax.jit(
+        jax.shard_map(
+            body, mesh=mesh_of(8), in_specs=(P(), P("data")), out_specs=P(), check_vma=check
+        )
     )(p, x)
     for body, (name, *cells) in zip(bodies, wrong_gradients(), strict=True):
         results = (

@@ -10,12 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import forks
 import numpy as np
 import pytest
+import together
 from test_lost import arrays_in, assert_same_end, rows_of, steps_in
+from test_parallel import alone
 
-from examples import streaming
+from examples import launch, streaming
 
 EPOCHS, STEPS = 3, 6
 OPTIONS = ["--config.tensorboard=False", f"--config.num_epochs={EPOCHS}", "--config.log_every=1"]
@@ -89,8 +92,7 @@ def assert_close_end(workdir, reference):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_two_by_two_is_one_process(server, options, whole, tmp_path, devices):
-    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    run = server.start(tmp_path / "run", *options, environment=environment)
+    run = server.start(tmp_path / "run", *options, environment=forks.on_devices(devices))
     assert run.end() == 0, run.stderr
     assert_close_end(tmp_path / "run", whole)
     assert rows_of(whole)[-1]["bad_records"] == 1
@@ -109,7 +111,7 @@ def test_in_memory_data_on_two_processes(server, tmp_path):
 
 def test_the_others_stop_when_one_is_killed(server, options, whole, tmp_path):
     workdir = tmp_path / "run"
-    run = Launched(server, workdir, *options, "--config.num_epochs=1000")
+    run = Launched(server, workdir, *options, "--config.num_epochs=1000", "--heartbeat=8")
     run.until(lambda: (workdir / "checkpoints" / "4").exists())
     os.kill(run.child(1), signal.SIGKILL)
     start = time.monotonic()
@@ -160,6 +162,41 @@ def test_a_signal_to_one_stops_all_after_the_same_step(server, options, tmp_path
     assert steps_in(workdir / "checkpoints")[-1] == int(stopped[0])
 
 
+def test_steps_and_replicas_of_two_processes(server, tmp_path):
+    """``train_step``, ``zero1`` and ``replicas_in_sync`` on arrays that no process holds whole."""
+    environment = server.environment | {"JAX_NUM_CPU_DEVICES": "2", "PJRT_NPROC": "32"}
+    program, port = [sys.executable, together.__file__], str(launch.free_port())
+    results = [tmp_path / "0.json", tmp_path / "1.json"]
+    processes = [
+        subprocess.Popen([*program, port, str(number), str(result)], env=environment)
+        for number, result in enumerate(results)
+    ]
+    try:
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    for result in results:
+        found = json.loads(result.read_text())
+        runs = found.pop("runs")
+        assert found == {
+            "devices": [2, 4],
+            "equal": True,
+            "the other process": False,
+            "one device of the second": False,
+            "one device of the first": False,
+            "parts, a process each": True,
+            "parts that processes share": False,
+        }
+        assert [run["in_sync"] for run in runs] == [True] * 4
+        assert [run["skipped"] for run in runs] == [1, 0, 0, 0]
+        batches = [together.batch_of(together.ROWS)] * together.STEPS
+        expected = alone(together.OPTIMIZER, together.start(), batches, together.loss)
+        for run in runs:
+            actual = {name: np.array(x) for name, x in run["params"].items()}
+            chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -169,6 +206,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(server, options, tmp_path
             r"--process_id must be in \[0, 2\) for --num_processes=2, got 2",
         ),
         (["--distributed"], "the processes did not find each other: "),
+        (["--distributed", "--heartbeat=0"], "--heartbeat must be at least 1 second, got 0"),
     ],
 )
 def test_flags_that_do_not_fit(server, tmp_path, flags, message):
@@ -193,8 +231,7 @@ def test_the_order_of_the_data_is_the_same_on_any_devices(server, options, tmp_p
         workdir = tmp_path / str(devices)
         if devices < 8:  # goes on from the middle of the run on 8
             interrupted(tmp_path / "8", workdir, 8)
-        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        run = server.start(workdir, *still, environment=environment)
+        run = server.start(workdir, *still, environment=forks.on_devices(devices))
         assert run.end() == 0, run.stderr
         assert ("going on from step 8" in run.stdout) == (devices < 8)
         counts[devices] = [row["train_accuracy"] for row in rows_of(workdir)]

@@ -1,6 +1,5 @@
 """State split over devices: 1/N of the bytes, the numbers of one device, for every optimizer."""
 
-import re
 from typing import NamedTuple
 
 import chex
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -71,7 +71,8 @@ def run(step, params, steps=15):
         params, state, _ = step(params, state, BATCH)
     step.check(state)
     for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(lies), strict=True):
-        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+        whole = x.sharding.is_fully_replicated and sharding.is_fully_replicated  # pmap of jax 0.7
+        assert whole or x.sharding.is_equivalent_to(sharding, x.ndim)
     return params, state
 
 
@@ -121,18 +122,19 @@ MORE = {
 
 
 @pytest.mark.parametrize("case", (CASES | MORE).values(), ids=CASES | MORE)
-def test_every_optimizer_is_right_when_sharded(case):
+def test_every_optimizer_is_right_on_many_devices(case):
     """A later optimizer joins by being in CASES; one that needs more than gradients in MORE.
 
     Steps are compared before rounding can turn a restart or a search another way.
     """
     optimizer, mesh = case.make(), mesh_of()
     expected, expected_state = alone(optimizer)
-    ways = {
-        "zero1": (nag_jax.zero1(optimizer, mesh, min_size=64), "shard_map", start()),
-        "fsdp": (optimizer, "jit", split_params(mesh)),
+    ways = {  # and into how many parts buffers are split
+        "zero1": (nag_jax.zero1(optimizer, mesh, min_size=64), "shard_map", start(), 8),
+        "fsdp": (optimizer, "jit", split_params(mesh), 8),
+        "pmap": (optimizer, "pmap", start(), 1),
     }
-    for name, (sharded, mode, params) in ways.items():
+    for name, (sharded, mode, params, parts) in ways.items():
         rows = params["w"].addressable_shards[0].data.shape
         actual, state = run(nag_jax.train_step(loss, sharded, mesh=mesh, mode=mode), params)
         if any(x.dtype == jnp.int8 for x in jax.tree.leaves(expected_state)):
@@ -141,7 +143,7 @@ def test_every_optimizer_is_right_when_sharded(case):
             chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
         assert _integers(state.opt_state) == _integers(expected_state), name
         buffers = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (16, 64)]
-        assert {x.addressable_shards[0].data.shape for x in buffers} == {(2, 64)}, name
+        assert {x.addressable_shards[0].data.shape for x in buffers} == {(16 // parts, 64)}, name
         assert actual["w"].addressable_shards[0].data.shape == rows, name
         assert nag_jax.replicas_in_sync((actual, state)), name
 
@@ -189,19 +191,19 @@ def test_each_device_keeps_its_part_of_the_state(devices, kind):
 def test_init_never_makes_the_state_whole(kind):
     """By the compiled program: no buffer of it, temporary or not, has the whole shape."""
     optimizer = nag_jax.zero1(NAG, mesh_of(kind=kind))
-    programs = []
+    seen = []
     params = {"w": jax.device_put(jnp.ones((1024, 256)), NamedSharding(mesh_of(kind=kind), P()))}
     original = jax.jit
 
     def recorded(function, **options):
-        compiled = original(function, **options).lower(params).compile()
-        programs.append(compiled)
+        compiled = programs.compiled(original(function, **options).lower(params))
+        seen.append(compiled)
         return compiled
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", recorded)
         state = optimizer.init(params)
-    (program,) = programs
+    (program,) = seen
     assert "1024,256" not in program.as_text()
     memory = program.memory_analysis()
     whole = 4 * 1024 * 256
@@ -344,12 +346,19 @@ def test_replicas_in_sync():
     assert nag_jax.replicas_in_sync(unequal(P("data"), **two))
 
 
-def test_zero1_moves_a_gradient_and_an_update():
-    """In the compiled program: gradients reduced once, updates gathered, nothing else."""
-    mesh = mesh_of()
-    step = nag_jax.train_step(loss, nag_jax.zero1(NAG, mesh), mesh=mesh)
-    params = start()
-    text = step.lower(params, step.init(params), batch_of(32)).compile().as_text()
-    found = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
-    assert sorted(set(found)) == ["all-gather", "all-reduce"]
-    assert found.count("all-gather") == 1
+@pytest.mark.parametrize(
+    ("mode", "clip", "scalars"), [("jit", False, 2), ("shard_map", False, 0), ("jit", True, 3)]
+)
+def test_zero1_moves_a_gradient_and_an_update(mode, clip, scalars):
+    """In the compiled program: gradients reduced once, then a few numbers, updates gathered."""
+    mesh, params = mesh_of(), start()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), NAG) if clip else NAG
+    step = nag_jax.train_step(loss, nag_jax.zero1(optimizer, mesh), mesh=mesh, mode=mode)
+    lowered = step.lower(params, step.init(params), batch_of(32))
+    found = programs.collectives(programs.compiled(lowered).as_text())
+    assert set(found) == {"all-gather", "all-reduce"}
+    assert found["all-gather"] == [16 * 64]
+    *few, gradient = sorted(found["all-reduce"])
+    assert len(few) == scalars
+    assert all(size <= len(params) for size in few)
+    assert 0 <= gradient - sum(p.size for p in jax.tree.leaves(params)) <= 2  # loss and weight

@@ -1,5 +1,6 @@
 """Backtracking: its NumPy reference step by step, its certificate, and what rounding does to it."""
 
+import functools
 import re
 
 import chex
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 from scipy.special import expit
 
 import nag_jax
@@ -249,6 +251,51 @@ def test_units_do_not_matter(method):
     counts = [int(steps(c, 1.0)) for c in scales] + [int(steps(1.0, c)) for c in scales]
     assert min(counts) > 50
     assert max(counts) < 1.1 * min(counts)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("make", [
+    nag_jax.backtracking,
+    functools.partial(nag_jax.backtracking, proximal.l1(1e-2), restart="value"),
+    nag_jax.adanag,
+    functools.partial(nag_jax.nag_auto, evaluate="iterate"),
+], ids=["backtracking", "prox", "adanag", "nag_auto"])  # fmt: skip
+def test_inside_shard_map_steps_are_those_of_one_device(make):
+    """A leaf in eighths and a whole one: inner products over devices, each number once."""
+    curvature = {"rows": jnp.geomspace(1e-2, 1.0, 16), "whole": jnp.array([0.5, 5.0])}
+    specs = {"rows": PartitionSpec("data"), "whole": PartitionSpec()}
+
+    def run(optimizer, over_devices, params, curvature):
+        def value(params):
+            each = jax.tree.map(lambda c, p: jnp.sum(c * (p - 1) ** 2) / 2, curvature, params)
+            return over_devices(each["rows"]) + each["whole"]
+
+        def step(carry, _):
+            params, state = carry
+            g = jax.tree.map(lambda c, p: c * (p - 1), curvature, params)
+            updates, state = optimizer.update(
+                g, state, params, value=value(params), grad=g, value_fn=value
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=60)
+        return params, optax.tree.get(state, "learning_rate")[None]
+
+    def sharded(optimizer, over_devices, check_vma=True):
+        rate = PartitionSpec() if check_vma else PartitionSpec("data")
+        return jax.jit(jax.shard_map(
+            functools.partial(run, optimizer, over_devices),
+            mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
+            in_specs=(specs, specs), out_specs=(specs, rate), check_vma=check_vma,
+        ))(jax.tree.map(jnp.zeros_like, curvature), curvature)  # fmt: skip
+
+    start = jax.tree.map(jnp.zeros_like, curvature)
+    alone = lambda x: x
+    expected = jax.jit(functools.partial(run, make(), alone))(start, curvature)
+    actual = sharded(make(axis_name="data"), lambda x: jax.lax.psum(x, "data"))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9)
+    _, rates = sharded(make(), alone, check_vma=False)
+    assert np.ptp(rates) > 1e-3 * np.mean(rates)
 
 
 def test_outside_of_jit_nothing_is_compiled_anew():
