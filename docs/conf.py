@@ -16,7 +16,6 @@ release = version = nag_jax.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "index"
 nitpicky = True
-suppress_warnings = ["config.cache"]  # the renderer below is a function
 
 myst_heading_anchors = 3
 napoleon_numpy_docstring = False
