@@ -240,7 +240,7 @@ def test_leaves_without_a_gradient_stay(make):
 
 
 BAD = {
-    "zero": (dict(horizon=0), r"horizon must be in \[1, inf\), got 0"),
+    "zero": (dict(horizon=0), r"horizon must be an int of at least 1, got 0"),
     "half": (dict(horizon=2.5), r"horizon must be an int .* got 2.5; .*static_args"),
     "schedule": (dict(horizon=lambda step: 5), r"horizon must be an int of at least 1"),
     "rate": (dict(learning_rate=-0.1), r"learning_rate must be in \[0, inf\), got -0.1"),
