@@ -51,6 +51,12 @@ def filled(tree: Any, default: Any) -> Any:
     )
 
 
+def proximal_step(prox: Callable[[Any, Any], Any], g: Any, params: Any, lr: Any) -> Any:
+    """prox(params - lr*g) - params, in float32 at least."""
+    point = map_gradients(lambda g, p: wide(p) - real_like(lr, p) * wide(g), g, params)
+    return map_gradients(lambda g, p, z: wide(z) - wide(p), g, params, prox(point, lr))
+
+
 def applied(u: jax.Array, p: jax.Array) -> jax.Array:
     """By how much ``optax.apply_updates`` moves ``p``, in float32 at least."""
     if p.dtype.itemsize >= 4:

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from nag_jax import _restarting, _storage
 from nag_jax._arithmetic import map_gradients
-from nag_jax.rules import Rule, Scalar
+from nag_jax._rule import Rule, Scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
 _STEPS_AHEAD = 20_000  # how far a scheduled momentum is looked at for that

@@ -148,12 +148,6 @@ def int8_blocks(
     return Storage(init, store)
 
 
-class RoundingState(NamedTuple):
-    """State of :func:`stochastic_rounding`."""
-
-    key: jax.Array  # of the noise of the next step, shape=(2,), uint32
-
-
 def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     r"""Last in a chain: bfloat16 parameters move by the whole update in the mean.
 
@@ -196,7 +190,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """
     check_seed(seed)
 
-    def init(params: optax.Params) -> RoundingState:
+    def init(params: optax.Params) -> NoiseState:
         for path, p in jax.tree_util.tree_leaves_with_path(params):
             dtype = jnp.result_type(p)
             if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.bfloat16:
@@ -204,11 +198,11 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
                     f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}, but "
                     "stochastic_rounding knows bfloat16 only; leave it out with optax.masked"
                 )
-        return RoundingState(start_key(seed))
+        return NoiseState(start_key(seed))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, RoundingState]:
+    ) -> tuple[optax.Updates, NoiseState]:
         del extra_args
         params = given_params("stochastic_rounding", params)
 
@@ -220,6 +214,6 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
             return to_bfloat16(target, uniform_bits(state.key, leaf, p.shape)) - wide
 
         updates = map_numbered(rounded, updates, params)
-        return updates, RoundingState(next_key(state.key))
+        return updates, NoiseState(next_key(state.key))
 
     return optax.GradientTransformationExtraArgs(init, update)

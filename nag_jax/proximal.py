@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import map_gradients, real_like, wide
+from nag_jax._arithmetic import map_gradients, proximal_step, real_like
 from nag_jax._checks import check_prox, check_range, given_params
 
 Prox = Callable[[Any, Any], Any]
@@ -82,11 +82,8 @@ def prox_step(
         del extra_args
         params = given_params("prox_step", params)
         lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        point = map_gradients(lambda g, p: wide(p) - real_like(lr, p) * wide(g), updates, params)
-        after = prox(point, lr)
-        updates = map_gradients(
-            lambda g, p, z: (wide(z) - wide(p)).astype(g.dtype), updates, params, after
-        )
+        steps = proximal_step(prox, updates, params, lr)
+        updates = map_gradients(lambda g, u: u.astype(g.dtype), updates, steps)
         if scheduled:
             state = ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
         return updates, state

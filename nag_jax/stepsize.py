@@ -9,7 +9,7 @@ import optax
 
 from nag_jax import _restarting
 from nag_jax import restart as conditions
-from nag_jax._arithmetic import filled, map_gradients, real_like, wide
+from nag_jax._arithmetic import filled, map_gradients, proximal_step, real_like, wide
 from nag_jax._checks import check_prox, check_range
 from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import AccelerateState
@@ -221,8 +221,7 @@ def _step(g: Any, params: Any, prox: Any, lr: Any) -> Any:
     """-lr*g, or the proximal step, in float32 at least."""
     if prox is None:
         return map_gradients(lambda g: -real_like(lr, g) * wide(g), g)
-    point = map_gradients(lambda g, p: wide(p) - real_like(lr, p) * wide(g), g, params)
-    return map_gradients(lambda g, p, z: wide(z) - wide(p), g, params, prox(point, lr))
+    return proximal_step(prox, g, params, lr)
 
 
 def _moved(params: Any, u: Any) -> Any:
