@@ -31,6 +31,7 @@ class GRU(nnx.Module):
 
     def __call__(self, codes: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = self.embed(codes.T)  # time comes first from here on
+        assert self.inputs.bias is not None
         gates = _affine(x, _split(self.inputs.kernel[...]), _split(self.inputs.bias[...]))
         kernels, biases = _split(self.recurrent.kernel[...]), _split(self.recurrent_bias[...])
         hidden = recurrence(kernels, biases, gates, state)
