@@ -141,7 +141,9 @@ _RULES: dict[str, Callable[[optax.ScalarOrSchedule], rules.Rule]] = {
     "srsgd": lambda momentum: rules.srsgd(),
 }
 _SCHEDULED = ("nag", "averaged", "lookahead", "snoo", "heavy_ball", "nag_auto")  # config.momentum
-_WITHOUT_MOMENTUM = {"sgd", *_RULES} - {"heavy_ball"}  # or with one of their own
+_WITHOUT_MOMENTUM = {"sgd", "estimate_sequence", *_RULES} - {
+    "heavy_ball"
+}  # or with one of their own
 
 
 def _transformation(
@@ -177,6 +179,9 @@ def _transformation(
         "lookahead": lambda: nag_jax.lookahead(makers["nag"]()),
         "snoo": lambda: nag_jax.snoo(makers["nag"]()),
         "nag_auto": lambda: optax.chain(l2, nag_jax.nag_auto(momentum=momentum)),
+        "estimate_sequence": lambda: optax.chain(
+            l2, optax.sgd(rate), nag_jax.accelerate(rules.estimate_sequence(rate))
+        ),
         "sgd": lambda: optax.chain(l2, optax.sgd(rate)),
         "momentum": lambda: optax.chain(l2, optax.sgd(rate, number)),
         "nesterov": lambda: optax.chain(l2, optax.sgd(rate, number, nesterov=True)),

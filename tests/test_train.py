@@ -100,6 +100,7 @@ OPTIMIZERS = [
     "fista",
     "chambolle_dossal",
     "ogm",
+    "estimate_sequence",
     "qhm",
     "gpa",
     "agnes",
@@ -119,6 +120,7 @@ OPTIMIZERS = [
 RATES = dict(accsgd=dict(learning_rate=2e-4), qhm=dict(learning_rate=0.5))
 SLOW = {"lookahead", "snoo", "gpa", "accsgd", "qhm"}  # averages, and long periods
 ITERATE_IS_PARAMS = {"nag_then_sgd", "heavy_ball", "qhm", *OPTIMIZERS[OPTIMIZERS.index("sgd") :]}
+ITERATE_IS_PARAMS |= {"estimate_sequence"}  # at the end: it restarts before a learning rate of 0
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
