@@ -3,6 +3,8 @@
 import json
 import struct
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from test_train import OPTIMIZERS, config
 
-from examples import board, optimizer, workdir
+from examples import board, optimizer, stopping, workdir
 from examples.config_check import check
 from examples.errors import UserError
+from examples.steps import TrainState
 
 FIELDS = sorted(workdir.flatten(config().to_dict()).items())
 WORDS = ["", "nag", "constant", "cosine", "sutskever", "decoupled", "skip", "refuse", *OPTIMIZERS]
@@ -109,6 +112,19 @@ def test_the_log_has_momentum_where_the_config_sets_it(name):
         seconds.append((params, maker.hyperparameters(state, 1, 1.0)))
     (one, row), (other, _) = seconds
     assert ("momentum" in row) == (not np.allclose(one["w"], other["w"]))
+
+
+def test_a_plateau_lowers_the_rate_of_both_players():
+    chosen = config("gan", clip_norm=100.0, warmup_epochs=0.0)
+    chosen.plateau.patience = 1
+    maker = optimizer.make(chosen, 11, 22)
+    params = {"generator": jnp.ones(2), "discriminator": jnp.ones(3)}
+    state = TrainState(*[None] * 7)._replace(opt_state=maker.transformation.init(params))
+    steps = [
+        maker.transformation.update(params, stopping.with_scale(chosen, state, scale).opt_state)[0]
+        for scale in (1.0, 0.1)
+    ]
+    chex.assert_trees_all_close(jax.tree.map(lambda u: 0.1 * u, steps[0]), steps[1], rtol=1e-5)
 
 
 def test_both_players_of_a_gan_have_the_rates_they_found():
