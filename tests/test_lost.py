@@ -271,8 +271,8 @@ def test_no_space_for_metrics(server, halfway, whole):
     assert_same_end(halfway, whole)
 
 
-def test_no_space_for_tensorboard(server, tmp_path):
-    """Of files of more than 3 kB the events are the first."""
+def test_no_space_for_tensorboard(server, whole, tmp_path):
+    """Of files of more than 3 kB the events are the first: ``whole`` has compiled everything."""
     options = ["--config.tensorboard=True", "--config.log_every=1", "--config.checkpoint_every=999"]
     fails(server, tmp_path, r"^error: .*events.* cannot be written: ", *options, file_limit=3000)
     assert 1 < len((tmp_path / "metrics.jsonl").read_text().splitlines()) < LAST
