@@ -43,6 +43,7 @@ def recurrence(kernels: Gates, biases: Gates, gates: Gates, state: jax.Array) ->
     """States ``[time, batch, hidden]`` after ``gates``, each of that shape, from ``state``.
 
     The gradient of the kernels is one product over all times, where JAX's own adds one a time.
+    There is no forward mode, and so no product with the Hessian, as with every ``jax.custom_vjp``.
     """
     return _forward(kernels, biases, gates, state)[0]
 
