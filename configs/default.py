@@ -36,9 +36,11 @@ def get_config() -> ConfigDict:
     config.model.width = 32  # dcgan: channels next to the image
 
     config.optimizer = ConfigDict()
-    # nag | nag_then_sgd | lookahead | snoo (both of nag) | heavy_ball | fista | qhm | gpa | agnes |
-    # mass | accsgd | srsgd (defaults of their papers) | sgd | momentum | nesterov | adam | adamw |
-    # nadam | nadamw, or nag_auto, which finds its learning rate and uses no schedule of it
+    # nag | averaged | lookahead | snoo (of nag, all three) | heavy_ball | fista | ogm |
+    # chambolle_dossal | estimate_sequence | qhm | gpa | agnes | mass | accsgd | srsgd (defaults of
+    # their papers) | sgd | momentum | nesterov | adam | adamw | nadam | nadamw, or two that use no
+    # schedule of the learning rate: nag_then_sgd, whose rate follows from the hand-over, and
+    # nag_auto, which finds it
     config.optimizer.name = "nag"
     config.optimizer.convention = "optax"  # nag: optax | sutskever
     config.optimizer.switch_step = 1000  # nag_then_sgd: the first step of SGD

@@ -21,6 +21,10 @@ def check(config: Any) -> None:
     for name in ("hidden_sizes", "channels"):
         if not all(isinstance(n, int) and n > 0 for n in config.model[name]):
             raise UserError(f"config.model.{name} must be positive ints, got {config.model[name]}")
+    stages = len(config.model.channels)
+    if stages == 0 or (config.model.name == "cnn" and stages != 2):
+        need = "two for cnn, one for each stage of resnet"
+        raise UserError(f"config.model.channels must be {need}, got {config.model.channels}")
     for name in ("hidden", "blocks", "embedding", "length", "latent", "width"):
         if config.model[name] < 1:
             raise UserError(f"config.model.{name} must be at least 1, got {config.model[name]}")

@@ -12,7 +12,13 @@ from examples.compiling import jit
 from examples.data import Dataset
 from examples.errors import UserError
 from examples.layout import Layout
-from examples.streaming import BatchStream, ShardedSource, open_shards
+from examples.streaming import (
+    BatchStream,
+    ShardedSource,
+    describe_first_bad,
+    find_bad,
+    open_shards,
+)
 
 _PROBE_BATCHES = 20  # enough for the statistics of pixels and of BatchNorm
 
@@ -110,18 +116,25 @@ def open_stream(config: Any) -> tuple[Dataset, ShardedSource]:
         raise UserError(
             f"config.batch_size={config.batch_size} is more than the {source.rows} rows in {folder}"
         )
-    probe = _arrays(source, min(_PROBE_BATCHES * config.batch_size, source.rows))
+    probe, _ = _arrays(source, min(_PROBE_BATCHES * config.batch_size, source.rows))
+    held_out, bad = _arrays(test, test.rows)
+    for problem in (*test.left_out, *([f"{folder / 'test'}: {bad} bad records"] if bad else [])):
+        processes.say(f"left out: {problem}")
     names = tuple(str(label) for label in range(source.meta.classes))
-    finite = probe["x"][np.isfinite(probe["x"])].astype(np.float64)
-    mean, std = float(finite.mean()), max(float(finite.std()), 1e-6)
-    return Dataset(probe, _arrays(test, test.rows), names, mean, std), source
+    pixels = probe["x"].astype(np.float64)
+    mean, std = float(pixels.mean()), max(float(pixels.std()), 1e-6)
+    return Dataset(probe, held_out, names, mean, std), source
 
 
-def _arrays(source: ShardedSource, rows: int) -> dict[str, np.ndarray]:
-    """The first rows in memory, without bad records."""
+def _arrays(source: ShardedSource, rows: int) -> tuple[dict[str, np.ndarray], int]:
+    """The first rows in memory without bad records, and how many of these there are."""
     x, y = source.read(0, rows)
-    good = np.isfinite(x.reshape(rows, -1).astype(np.float32)).all(1) & np.isfinite(y)
-    if source.meta.classes:
-        good &= (y >= 0) & (y < source.meta.classes)
+    nan, label = find_bad(x, y, source.meta.classes)
+    good = ~(nan | label)
+    if source.on_bad == "refuse" and not good.all():
+        raise UserError(describe_first_bad(source, 0, y, nan, label))
+    if not good.any():
+        folder = source.shards[0].x.path.parent
+        raise UserError(f"{folder}: none of the first {rows} rows is good")
     target = np.int32 if source.meta.classes else np.float32
-    return {"x": x[good], "y": y[good].astype(target)}
+    return {"x": x[good], "y": y[good].astype(target)}, int(rows - good.sum())

@@ -37,35 +37,62 @@ def make(
             f"config.optimizer.name={name} has a learning rate of its own, without "
             "config.find_lr and config.plateau; take nag"
         )
+    if config.momentum_schedule != "constant" and name not in _SCHEDULED:
+        raise UserError(
+            f"config.optimizer.name={name} has no schedule of momentum: leave "
+            f"config.momentum_schedule at constant, or take one of {', '.join(_SCHEDULED)}"
+        )
     try:
-        rate = rate or _learning_rate(config, steps_per_epoch, total_steps)
+        schedule = rate or _learning_rate(config, steps_per_epoch, total_steps)
         momentum = _momentum(config, steps_per_epoch, total_steps)
-        transformation = _transformation(config, rate, momentum)
+        whole = lambda rate: _for_all_params(config, _transformation(config, rate, momentum))
         if config.plateau.patience:
-            scaled = lambda scale: _transformation(config, lambda t: scale * rate(t), momentum)
+            scaled = lambda scale: whole(lambda step: scale * schedule(step))
             transformation = optax.inject_hyperparams(scaled)(scale=1.0)
+        else:
+            transformation = whole(schedule)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
+
+    if name == "nag_then_sgd":
+        schedule, momentum = _hand_over(config)
+    used: dict[str, Any] = {"learning_rate": schedule}
+    used |= {"momentum": momentum} if name not in _WITHOUT_MOMENTUM else {}
+
+    def hyperparameters(opt_state: Any, step: int, scale: float) -> dict[str, Any]:
+        found = {n: float(rules.at_step(v, jnp.asarray(step))) for n, v in used.items()}
+        found["learning_rate"] *= scale
+        if name == "nag_auto":
+            del found["learning_rate"]
+            found = _found_rates(opt_state) | found
+        return found
+
+    return Optimizer(transformation, hyperparameters)
+
+
+def _hand_over(config: Any) -> tuple[optax.Schedule, optax.Schedule]:
+    """Learning rate and momentum of nag_then_sgd."""
+    end, top = config.optimizer.switch_step, config.momentum
+    start = end - max(config.optimizer.transition_steps, 1)
+    momentum = lambda step: jnp.interp(step, jnp.array([start, end]), jnp.array([top, 0.0]))
+    return lambda step: config.learning_rate * (1 - momentum(step)) / (1 - top), momentum
+
+
+def _for_all_params(
+    config: Any, transformation: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """With clipping before it, and one for each player of a GAN."""
     if config.clip_norm:
         clip = optax.clip_by_global_norm(config.clip_norm)
         transformation = optax.chain(clip, transformation)
-    if config.task == "adversarial":
-        transformation = _two_players(transformation)
-
-    def hyperparameters(opt_state: Any, step: int, scale: float) -> dict[str, Any]:
-        at = lambda value: float(rules.at_step(value, jnp.asarray(step)))
-        found = {"learning_rate": scale * at(rate)}
-        if name == "nag_auto":
-            found = _found_rates(opt_state)
-        return found | {"momentum": at(momentum)}
-
-    return Optimizer(transformation, hyperparameters)
+    return _two_players(transformation) if config.task == "adversarial" else transformation
 
 
 def _found_rates(opt_state: Any) -> dict[str, jax.Array]:
     """Of nag_auto; copies, as the state is donated. A GAN has one for each player."""
     found = {}
-    for path, rate in optax.tree.get_all_with_path(opt_state, "learning_rate"):
+    pairs: Any = optax.tree.get_all_with_path(opt_state, "learning_rate")
+    for path, rate in pairs:
         player = [f"{key.key}_" for key in path if isinstance(key, jax.tree_util.DictKey)]
         found["".join(player) + "learning_rate"] = jnp.copy(rate)
     return found
@@ -100,10 +127,12 @@ def _momentum(config: Any, steps_per_epoch: int, total_steps: int) -> optax.Scal
     raise UserError(f"config.momentum_schedule must be one of {known}, got {kind!r}")
 
 
-# Those that need neither exact gradients nor a constant of the problem; with the papers' defaults.
+# Those that need no constant of the problem and no horizon; with the papers' defaults.
 _RULES: dict[str, Callable[[optax.ScalarOrSchedule], rules.Rule]] = {
     "heavy_ball": rules.heavy_ball,
     "fista": lambda momentum: rules.fista(),
+    "chambolle_dossal": lambda momentum: rules.chambolle_dossal(),
+    "ogm": lambda momentum: rules.ogm(),
     "qhm": lambda momentum: rules.qhm(),
     "gpa": lambda momentum: rules.gpa(),
     "agnes": lambda momentum: rules.agnes(),
@@ -111,6 +140,10 @@ _RULES: dict[str, Callable[[optax.ScalarOrSchedule], rules.Rule]] = {
     "accsgd": lambda momentum: rules.accsgd(),
     "srsgd": lambda momentum: rules.srsgd(),
 }
+_SCHEDULED = ("nag", "averaged", "lookahead", "snoo", "heavy_ball", "nag_auto")  # config.momentum
+_WITHOUT_MOMENTUM = {"sgd", "estimate_sequence", *_RULES} - {
+    "heavy_ball"
+}  # or with one of their own
 
 
 def _transformation(
@@ -122,6 +155,8 @@ def _transformation(
     l2 = optax.add_decayed_weights(config.weight_decay, mask)
     number = config.momentum
     nag_jax.nag(1.0, number, weight_decay=config.weight_decay)
+    if not 0 <= options.b2 < 1:
+        raise UserError(f"config.optimizer.b2 must be in [0, 1), got {options.b2}")
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
         "nag": lambda: nag_jax.nag(
             rate,
@@ -140,9 +175,13 @@ def _transformation(
             weight_decay_mask=mask,
             decay=config.decay,
         ),
+        "averaged": lambda: nag_jax.averaged(makers["nag"]()),
         "lookahead": lambda: nag_jax.lookahead(makers["nag"]()),
         "snoo": lambda: nag_jax.snoo(makers["nag"]()),
         "nag_auto": lambda: optax.chain(l2, nag_jax.nag_auto(momentum=momentum)),
+        "estimate_sequence": lambda: optax.chain(
+            l2, optax.sgd(rate), nag_jax.accelerate(rules.estimate_sequence(rate))
+        ),
         "sgd": lambda: optax.chain(l2, optax.sgd(rate)),
         "momentum": lambda: optax.chain(l2, optax.sgd(rate, number)),
         "nesterov": lambda: optax.chain(l2, optax.sgd(rate, number, nesterov=True)),

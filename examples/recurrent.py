@@ -31,6 +31,7 @@ class GRU(nnx.Module):
 
     def __call__(self, codes: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = self.embed(codes.T)  # time comes first from here on
+        assert self.inputs.bias is not None
         gates = _affine(x, _split(self.inputs.kernel[...]), _split(self.inputs.bias[...]))
         kernels, biases = _split(self.recurrent.kernel[...]), _split(self.recurrent_bias[...])
         hidden = recurrence(kernels, biases, gates, state)
@@ -42,6 +43,7 @@ def recurrence(kernels: Gates, biases: Gates, gates: Gates, state: jax.Array) ->
     """States ``[time, batch, hidden]`` after ``gates``, each of that shape, from ``state``.
 
     The gradient of the kernels is one product over all times, where JAX's own adds one a time.
+    There is no forward mode, and so no product with the Hessian, as with every ``jax.custom_vjp``.
     """
     return _forward(kernels, biases, gates, state)[0]
 

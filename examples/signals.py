@@ -1,13 +1,18 @@
 """Ctrl-C and SIGTERM, so that a run can save first."""
 
+import _thread
 import os
 import signal
+import threading
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.experimental import multihost_utils
 
 from examples import processes
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 
 class StopRequest:
@@ -48,3 +53,13 @@ class StopRequest:
     def restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def forget(unraisable: "UnraisableHookArgs") -> None:
+    """A ``sys.unraisablehook`` that tells nothing, and loses no Ctrl-C.
+
+    After compiling, the first Python code is often jax's callback for the garbage collector, and
+    what is raised there ends nothing.
+    """
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, _thread.interrupt_main).start()

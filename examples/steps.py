@@ -174,14 +174,15 @@ def make_refresh(task: Task, batch_size: int, batches: int = 20) -> Callable[[An
 
     @jit
     def fresh(params: Any, data: Batch, start: int) -> Any:
-        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, batch_size), data)
+        size = min(batch_size, len(data["x"]))
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), data)
         batch = task.prepare(batch, jax.random.key(0))
         rest = task.losses(params, zeros, batch)[1][0]
         # From zero one update of the running average leaves (1 - momentum) * statistic.
         return jax.tree.map(lambda x: x / (1 - BATCH_NORM_MOMENTUM), rest)
 
     def refresh(params: Any, data: Batch) -> Any:
-        count = min(batches, len(data["x"]) // batch_size)
+        count = min(batches, max(len(data["x"]) // batch_size, 1))
         parts = [fresh(params, data, i * batch_size) for i in range(count)]
         return jax.tree.map(lambda *parts: jnp.mean(jnp.stack(parts), axis=0), *parts)
 

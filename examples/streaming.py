@@ -141,26 +141,31 @@ class _Blocks:
             x, y = self._source.read(start, start + self._part)
         except UserError as error:
             return {}, {}, str(error)
-        nan, label = _find_bad(x, y, self._source.meta.classes)
+        nan, label = find_bad(x, y, self._source.meta.classes)
         bad = nan | label
         problem = ""
         if bad.any():
             if self._source.on_bad == "refuse":
-                problem = self._describe(start, int(bad.argmax()), nan, y)
+                problem = describe_first_bad(self._source, start, y, nan, label)
             x[bad], y[bad] = 0, 0
         y = y.astype(np.int32) if self._source.meta.classes else y
         batch = {"x": x, "y": y, "weight": (~bad).astype(np.float32)}
         return batch, {"nan": int(nan.sum()), "label": int(label.sum())}, problem
 
-    def _describe(self, start: int, position: int, nan: np.ndarray, y: np.ndarray) -> str:
-        shard, row = self._source.locate(start + position)
-        if nan[position]:
-            return f"{shard.x.path}: row {row}, or its target in {shard.y.path.name}, is not finite"
-        last = self._source.meta.classes - 1
-        return f"{shard.y.path}: row {row} has label {y[position]}, need 0 to {last}"
+
+def describe_first_bad(
+    source: ShardedSource, start: int, y: np.ndarray, nan: np.ndarray, label: np.ndarray
+) -> str:
+    """Where the first bad one of the rows from ``start`` on is, and what is wrong with it."""
+    position = int((nan | label).argmax())
+    shard, row = source.locate(start + position)
+    if nan[position]:
+        return f"{shard.x.path}: row {row}, or its target in {shard.y.path.name}, is not finite"
+    last = source.meta.classes - 1
+    return f"{shard.y.path}: row {row} has label {y[position]}, need 0 to {last}"
 
 
-def _find_bad(x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def find_bad(x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Which rows are not finite, and which others have a label out of range."""
     finite = np.isfinite(y)
     if x.dtype.kind == "f":

@@ -27,6 +27,7 @@ class Task:
 
     score = "loss"  # the metric that tells the best checkpoint
     higher_is_better = False
+    learns_from: tuple[str, ...] = ()  # see kind
 
     def __init__(self, model: nnx.Module):
         model.train()
@@ -63,6 +64,7 @@ class Classification(Task):
     """Softmax cross-entropy; accuracy in percent. Batches may carry a ``weight`` per sample."""
 
     score, higher_is_better = "accuracy", True
+    learns_from = "images with labels", "rows of numbers with labels", "other arrays with labels"
 
     def __init__(self, config: Any, dataset: Dataset, key: jax.Array):
         self.names, self.augmentation = dataset.names, config.augment
@@ -96,6 +98,7 @@ class Regression(Task):
     """Mean squared error of a scalar, and R2: the share of the variance that is explained."""
 
     score, higher_is_better = "r2", True
+    learns_from = ("rows of numbers with targets",)
 
     def __init__(self, config: Any, dataset: Dataset, key: jax.Array):
         if config.model.name not in ("mlp", "linear"):
@@ -119,6 +122,8 @@ class Regression(Task):
 
 class LanguageModel(Task):
     """Next-character cross-entropy in nats, and perplexity: its exponential."""
+
+    learns_from = ("text",)
 
     def __init__(self, config: Any, dataset: Dataset, key: jax.Array):
         if config.model.name != "gru":
@@ -159,6 +164,8 @@ class Adversarial(Task):
 
     One gradient serves both players: each sees the other through stop_gradient.
     """
+
+    learns_from = ("images with labels",)
 
     def __init__(self, config: Any, dataset: Dataset, key: jax.Array):
         if config.model.name != "dcgan":
@@ -246,4 +253,19 @@ def make(config: Any, dataset: Dataset, key: jax.Array) -> Task:
     """The task that ``config.task`` names."""
     if config.task not in _TASKS:
         raise UserError(f"config.task must be one of {', '.join(_TASKS)}, got {config.task!r}")
-    return _TASKS[config.task](config, dataset, key)
+    task, found = _TASKS[config.task], kind(dataset)
+    if found not in task.learns_from:
+        raise UserError(
+            f"config.task={config.task} needs {' or '.join(task.learns_from)}, "
+            f"config.dataset={config.dataset} has {found}; take the config that fits"
+        )
+    return task(config, dataset, key)
+
+
+def kind(dataset: Dataset) -> str:
+    """What of a data set decides which tasks can learn from it."""
+    x, y = dataset.train["x"], dataset.train.get("y")
+    if y is None:
+        return "text"
+    rows = "images" if x.ndim == 4 else "rows of numbers" if x.ndim == 2 else "other arrays"
+    return f"{rows} with {'targets' if y.dtype.kind == 'f' else 'labels'}"

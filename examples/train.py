@@ -3,7 +3,6 @@
 The same command again goes on from the newest checkpoint, to the same numbers bit for bit.
 """
 
-import ast
 import contextlib
 import os
 import sys
@@ -17,12 +16,13 @@ from ml_collections import config_flags
 
 import nag_jax
 from examples import data, feeds, lr_finder, optimizer, plots, processes, steps, stopping, tasks
+from examples.command_line import parse_flags
 from examples.config_check import check
 from examples.errors import UserError
 from examples.layout import Layout
 from examples.reporting import Reporter, Row, describe
 from examples.saving import Saver
-from examples.signals import StopRequest
+from examples.signals import StopRequest, forget
 from examples.workdir import claim, write_config
 
 
@@ -120,10 +120,11 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
                 state = state._replace(sums=layout.put_whole(zeros))
                 if now.evaluation:
                     params = evaluation_params(state)
-                    sums["test_"] = evaluate(params, refresh(params, feed.samples), test)
+                    rest = refresh(params, feed.samples)
+                    sums["test_"] = evaluate(params, rest, test)
                     sums["params_"] = evaluate(state.params, state.rest, test)
                     epoch = round(step / steps_per_epoch)
-                    plots.save_progress(workdir, task, params, state.rest, epoch)
+                    plots.save_progress(workdir, task, params, rest, epoch)
                 reporter.add(row, sums)
             if now.evaluation:
                 saver.save_best(step, state, reporter)
@@ -190,27 +191,11 @@ def next_stop(config: Any, step: int, steps_per_epoch: int, total: int) -> int:
     return min(total, *(after(period) for period in periods if period))
 
 
-def parse_flags(arguments: list[str]) -> list[str]:
-    """absl's parser, with one line instead of a traceback."""
-    logging.set_verbosity(logging.WARNING)
-    try:
-        rest = flags.FLAGS(arguments)
-        flags.FLAGS.config.keys()  # raises what went wrong when the file was loaded
-        return rest
-    except Exception as error:  # ml_collections raises many kinds for a wrong field or value
-        message = str(error)
-        if message[:1] in ("'", '"'):  # ml_collections repeats the text of a KeyError
-            name, _, hint = ast.literal_eval(message).partition("\n")
-            hint = hint or "configs/default.py lists all fields"
-            message = f"the config has no field {name}; {hint}"
-        sys.exit(f"error: {' '.join(message.split())}")
-
-
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
     logging.set_verbosity(logging.FATAL)  # orbax tells of a full disk in a hundred lines
-    sys.unraisablehook = lambda unraisable: None  # and tensorstore of what nobody waits for
+    sys.unraisablehook = forget  # and tensorstore of what nobody waits for
     options = flags.FLAGS
     try:
         processes.join(

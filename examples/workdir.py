@@ -14,6 +14,8 @@ _FREE |= {"find_lr", "sweep.low", "sweep.high", "sweep.steps"}
 
 def claim(workdir: Path, config: Any) -> None:
     """Makes the folder, or refuses it if it holds another run."""
+    if workdir == Path():  # a shell variable that is not set
+        raise UserError("--workdir is empty; name a folder of the run's own")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "config.json"

@@ -1,5 +1,6 @@
 """Nothing is lost: runs that are killed, stopped, starved of disk or damaged end as if never."""
 
+import gc
 import json
 import random
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from examples import streaming
+from examples import signals, streaming
 from examples.checkpoints import Checkpoints
 from examples.errors import UserError
 
@@ -228,6 +229,20 @@ def test_a_second_ctrl_c_loses_nothing(server, whole, tmp_path):
     assert_same_end(tmp_path / "run", whole)
 
 
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch):
+    """What is raised there goes to ``sys.unraisablehook`` and nowhere else."""
+
+    def interrupt(phase, info):
+        gc.callbacks.remove(interrupt)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "unraisablehook", signals.forget)
+    gc.callbacks.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        gc.collect()
+        time.sleep(5)
+
+
 def fails(server, workdir, message, *options, **kwargs):
     """One line, exit code 1, nothing changed where checkpoints and metrics are."""
     before = tree_of(workdir)
@@ -256,8 +271,8 @@ def test_no_space_for_metrics(server, halfway, whole):
     assert_same_end(halfway, whole)
 
 
-def test_no_space_for_tensorboard(server, tmp_path):
-    """Of files of more than 3 kB the events are the first."""
+def test_no_space_for_tensorboard(server, whole, tmp_path):
+    """Of files of more than 3 kB the events are the first: ``whole`` has compiled everything."""
     options = ["--config.tensorboard=True", "--config.log_every=1", "--config.checkpoint_every=999"]
     fails(server, tmp_path, r"^error: .*events.* cannot be written: ", *options, file_limit=3000)
     assert 1 < len((tmp_path / "metrics.jsonl").read_text().splitlines()) < LAST

@@ -6,11 +6,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
+from test_data import write_cifar
 
-from examples import data, train
+from examples import command_line, data, train
 from examples.checkpoints import Checkpoints
 from examples.errors import UserError
 from examples.streaming import write_shards
@@ -59,7 +61,7 @@ def test_learns_digits_and_leaves_its_files(tmp_path):
 SHRUNK = {
     "linear": dict(dataset="digits"),
     "cnn": dict(dataset="digits"),
-    "resnet": dict(dataset="digits"),
+    "resnet": dict(dataset="cifar10", batch_size=8),
     "gan": dict(dataset="digits"),
     "diloco": dict(batch_size=32),
 }
@@ -73,8 +75,15 @@ def test_every_recipe_trains_a_few_steps(tmp_path, name):
     if shrunk.task == "language":
         (tmp_path / "text").write_text("to be, or not to be: that is the question. " * 60)
         shrunk.text_file = str(tmp_path / "text")
+    if shrunk.dataset == "cifar10":
+        write_cifar(tmp_path)
+        shrunk.data_dir = str(tmp_path)
     history = train.train_and_evaluate(shrunk, tmp_path)
     assert len(history) >= 2
+    if shrunk.task == "language":
+        assert len((tmp_path / "sample.txt").read_text()) == 400
+    if shrunk.task == "adversarial":
+        assert (tmp_path / "generated-001.png").read_bytes().startswith(b"\x89PNG")
     assert all(np.isfinite(value) for row in history for value in row.values())
     assert all(f"test_{key[6:]}" in history[-1] for key in history[-1] if key.startswith("train_"))
     assert (tmp_path / "curves.png").exists()
@@ -84,10 +93,14 @@ OPTIMIZERS = [
     "nag",
     "nag_then_sgd",
     "nag_auto",
+    "averaged",
     "lookahead",
     "snoo",
     "heavy_ball",
     "fista",
+    "chambolle_dossal",
+    "ogm",
+    "estimate_sequence",
     "qhm",
     "gpa",
     "agnes",
@@ -107,6 +120,7 @@ OPTIMIZERS = [
 RATES = dict(accsgd=dict(learning_rate=2e-4), qhm=dict(learning_rate=0.5))
 SLOW = {"lookahead", "snoo", "gpa", "accsgd", "qhm"}  # averages, and long periods
 ITERATE_IS_PARAMS = {"nag_then_sgd", "heavy_ball", "qhm", *OPTIMIZERS[OPTIMIZERS.index("sgd") :]}
+ITERATE_IS_PARAMS |= {"estimate_sequence"}  # at the end: it restarts before a learning rate of 0
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -159,6 +173,10 @@ def test_accumulated_micro_batches_are_the_large_batch(tmp_path, name):
     parts = train.train_and_evaluate(config(name, accumulate=8, **small), tmp_path / "parts")
     for key in whole[-1]:
         assert parts[-1][key] == pytest.approx(whole[-1][key], rel=1e-5, abs=1e-6)
+    ours, theirs = (
+        restored(config(name, **small), tmp_path / run)[0] for run in ("parts", "whole")
+    )
+    chex.assert_trees_all_close(ours.params, theirs.params, rtol=0, atol=1e-6)
     other = train.train_and_evaluate(config(name, **small | dict(batch_size=32)), tmp_path / "o")
     assert abs(other[-1]["test_loss"] - whole[-1]["test_loss"]) > 1e-3
 
@@ -229,7 +247,7 @@ def test_batch_statistics_belong_to_the_evaluation_iterate(tmp_path):
     assert np.max(np.abs(old / within - 1)) > 0.3
 
 
-def test_shards_are_streamed_and_their_bad_records_counted(tmp_path):
+def test_shards_are_streamed_and_their_bad_records_counted(tmp_path, capsys):
     rng = np.random.default_rng(0)
     teacher = rng.standard_normal((6, 3))
     for name, rows in (("train", 900), ("test", 200)):
@@ -243,8 +261,20 @@ def test_shards_are_streamed_and_their_bad_records_counted(tmp_path):
     assert history[-1]["test_accuracy"] > 85
     assert history[-1]["bad_records"] == 1
     assert history[-1]["step"] == 8 * 18
+    assert "test: 1 bad records" in capsys.readouterr().out
     chosen.on_bad = "refuse"
-    with pytest.raises(UserError, match=r"x-00000\.npy"):
+    with pytest.raises(UserError, match=r"train/x-00000\.npy: row 7"):
+        train.train_and_evaluate(chosen, tmp_path / "other")
+    write_shards(tmp_path / "good" / "train", [(np.nan_to_num(x), y)], 250, 3)
+    write_shards(tmp_path / "good" / "test", [(x, y)], 250, 3)
+    chosen.data_dir = str(tmp_path / "good")
+    with pytest.raises(UserError, match=r"test/x-00000\.npy: row 7"):
+        train.train_and_evaluate(chosen, tmp_path / "other")
+    chosen.on_bad = "skip"
+    write_shards(tmp_path / "bad" / "train", [(np.full_like(x, np.nan), y)], 250, 3)
+    write_shards(tmp_path / "bad" / "test", [(x, y)], 250, 3)
+    chosen.data_dir = str(tmp_path / "bad")
+    with pytest.raises(UserError, match="bad/train: none of the first 200 rows is good"):
         train.train_and_evaluate(chosen, tmp_path / "other")
 
 
@@ -301,6 +331,22 @@ def test_steps_that_are_not_finite_are_left_out(tmp_path):
         ({"task": "regresion"}, r"config\.task must be one of classification"),
         ({"nonfinite": "go on"}, r"config\.nonfinite must be one of"),
         ({"augment": {"zoom": 1.5}}, r"config\.augment needs"),
+        ({"optimizer": {"name": "adam", "b2": 1.0}}, r"config\.optimizer\.b2 must be in \[0, 1\)"),
+        (
+            {"optimizer": {"name": "adam"}, "momentum_schedule": "convex"},
+            r"name=adam has no schedule of momentum: .* take one of nag, averaged",
+        ),
+        (
+            {"model": {"name": "cnn", "channels": (4, 4, 4)}},
+            r"config\.model\.channels must be two for cnn",
+        ),
+        (
+            {"dataset": "diabetes"},
+            r"classification needs .*=diabetes has rows of numbers with targets",
+        ),
+        ({"task": "language"}, r"language needs text, config\.dataset=digits has images"),
+        ({"task": "regression"}, r"regression needs rows of numbers with targets"),
+        ({"task": "adversarial", "dataset": "text"}, r"adversarial needs images .*=text has text"),
     ],
 )
 def test_bad_values_are_named(tmp_path, changes, message):
@@ -315,6 +361,8 @@ def test_bad_values_are_named(tmp_path, changes, message):
         ("--config.learnin_rate=1", 'Did you mean "learning_rate"'),
         ("--config.optimizer.nesterov=True", "the config has no field 'nesterov'"),
         ("--config.learning_rate=fast", "could not convert string to float: 'fast'"),
+        ("--config.optimizer=adam", "config.optimizer is a group of fields; set one of them"),
+        ("--workdir=", "--workdir is empty"),
         ("--config.optimizer.name=sgdm", "config.optimizer.name must be one of nag"),
         ("--config=configs/missing.py", "No such file or directory: 'configs/missing.py'"),
         ("--learning_rate=1", "Unknown command line flag 'learning_rate'"),
@@ -322,11 +370,18 @@ def test_bad_values_are_named(tmp_path, changes, message):
     ],
 )
 def test_command_line_mistakes_give_one_line(tmp_path, option, message):
-    result = run_command(tmp_path / "run", option)
+    given = option.startswith("--workdir")
+    result = run_command("" if given else tmp_path / "run", option)
     assert result.returncode == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_mistakes_in_the_file_of_a_config_are_told_as_they_are():
+    message = "'NoneType' object has no attribute 'x'"
+    assert command_line.describe(AttributeError(message)) == message
+    assert command_line.describe(AssertionError()) == "AssertionError"
 
 
 def test_unusable_workdir_gives_one_line(tmp_path):

@@ -65,11 +65,11 @@ def test_when_the_learning_rate_falls():
     assert stopping.learning_rate_scale(off, Accuracy, history("accuracy", values)) == 1.0
 
 
-@pytest.mark.parametrize("name", ["nag", "adam"])
-def test_a_plateau_lowers_the_rate_of_the_next_update(tmp_path, name):
+@pytest.mark.parametrize(("name", "clip_norm"), [("nag", 0.0), ("nag", 1e3), ("adam", 0.0)])
+def test_a_plateau_lowers_the_rate_of_the_next_update(tmp_path, name, clip_norm):
     """At a change that nothing reaches, each evaluation after the first halves it."""
     chosen = config(num_epochs=4, schedule="constant", warmup_epochs=0.0, learning_rate=0.01)
-    chosen.optimizer.name = name
+    chosen.optimizer.name, chosen.clip_norm = name, clip_norm
     chosen.plateau.update(patience=1, factor=0.5, min_change=1000.0)
     rows = train.train_and_evaluate(chosen, tmp_path / "run")
     rates = [row["learning_rate"] for row in rows]
