@@ -46,11 +46,10 @@ def make(
         schedule = rate or _learning_rate(config, steps_per_epoch, total_steps)
         momentum = _momentum(config, steps_per_epoch, total_steps)
         whole = lambda rate: _for_all_params(config, _transformation(config, rate, momentum))
+        transformation = whole(schedule)  # with a plateau, too: bad values fail here, not in init
         if config.plateau.patience:
             scaled = lambda scale: whole(lambda step: scale * schedule(step))
             transformation = optax.inject_hyperparams(scaled)(scale=1.0)
-        else:
-            transformation = whole(schedule)
     except ValueError as error:
         raise UserError(f"config: {error}") from None
 
