@@ -4,8 +4,8 @@
 
 takes less than an hour on two cores. Each finished (task, optimizer) is a row of
 results/speedup/TASK.json; rows that are there are not run again, so an interrupted run goes on.
-Then it writes the tables of the READMEs and the plots; ``--report`` only does that. ``--quick`` runs
-a tiny size of every task into runs/speedup and writes nothing else.
+Then it writes the tables of the READMEs and the plots; ``--report`` only does that. ``--quick``
+runs a tiny size of every task into runs/speedup and writes nothing else.
 """
 
 import argparse

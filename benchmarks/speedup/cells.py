@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from benchmarks.speedup import lattice, quadratics, tasks
-from benchmarks.speedup.optimizers import OPTIMIZERS, Optimizer
+from benchmarks.speedup.optimizers import FINE_MOMENTA, OPTIMIZERS, Optimizer
 from benchmarks.speedup.training import Result, Run, Task, Trainer, evaluations
 
 SEEDS = (0, 1, 2)
@@ -28,7 +28,11 @@ def task(name: str, quick: bool) -> Task:
 def contestants(name: str, quick: bool) -> dict[str, Optimizer]:
     """The optimizers of a task; where momenta are given, NAG and heavy ball with each of them."""
     if name in QUADRATICS:
-        return OPTIMIZERS
+        fine = dict(ladder=FINE_MOMENTA, first=(6, 12))
+        return {
+            key: o._replace(**fine) if o.second == "momentum" else o
+            for key, o in OPTIMIZERS.items()
+        }
     if name == MAP:
         return {key: OPTIMIZERS[key] for key in ("heavy_ball", "nag")}
     chosen, found = task(name, quick), {}
@@ -199,7 +203,9 @@ def of_quadratic(name: str, optimizer: Optimizer, quick: bool) -> dict[str, Any]
                 for n, v in zip(steps, values, strict=True)
             ][: len(runs)]
             fewest = min([fewest, *(int(n) for late, n in found if not late)])
-            tried.extend([*_short(shape.values(p)), *_short(f)] for p, f in zip(points, found))
+            tried.extend(
+                [*_short(shape.values(p)), *_short(f)] for p, f in zip(points, found, strict=True)
+            )
             return found
 
         found = lattice.search(shape, objective, 2 * most_trials(quick))

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 import nag_jax
 from nag_jax import rules
 
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)
+FINE_MOMENTA = tuple(1 - 2 ** (-j / 2) for j in range(25))  # where theory wants one near 1
 DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 WARMUP = 0.05  # of the steps
 
@@ -56,7 +58,7 @@ def momentum(setting: Setting, largest: Any) -> Any:
         0.9999, period=setting.period, total_steps=setting.steps,
         final_steps=setting.steps // 20,
     )  # fmt: skip
-    return lambda step: shape(step).clip(max=largest)
+    return lambda step: jnp.minimum(shape(step), largest)
 
 
 def _nag(convention: str) -> Callable[[Setting, Hyper], optax.GradientTransformation]:

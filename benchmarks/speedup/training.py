@@ -1,5 +1,6 @@
 """Runs of one task with one optimizer, several of them at once in one compiled program."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ class Trainer:
         self.starts = compiled(jax.vmap(self._start))
         # One after the other: on few cores as fast as jax.vmap, and each with its own branches.
         self.many = compiled(
-            lambda flags, *runs: jax.lax.map(lambda run: self._whole(*run, flags), runs)
+            lambda flags, *runs: jax.lax.map(functools.partial(self._whole, flags), runs)
         )
         self.one = compiled(self._step, donate_argnums=0)
         self.measure = compiled(self._evaluate)
@@ -129,8 +130,9 @@ class Trainer:
         loss, score = self._evaluate(carry, seen)[0], self._evaluate(carry, self.task.valid)[1]
         return jnp.stack([loss, score])
 
-    def _whole(self, carry: Any, hyper: Any, order: jax.Array, flags: jax.Array) -> Any:
+    def _whole(self, flags: jax.Array, run: Any) -> Any:
         """All steps of a run, and what its evaluations gave, ``[1 + steps, 2]``."""
+        carry, hyper, order = run
         nothing = lambda carry: jnp.full(2, jnp.nan)
 
         def body(carry: Any, item: Any) -> Any:
@@ -161,8 +163,9 @@ class Trainer:
             curves = np.asarray(found)[:, self.points]
             tests = np.asarray(self.measure_many(carry, self.task.test)) if test else None
         else:
+            whole = carry, hyper, order
             pairs = [
-                self._alone(*jax.tree.map(lambda x: x[i], (carry, hyper, order)), test)  # noqa: B023
+                self._alone(jax.tree.map(lambda x: x[i], whole), test)  # noqa: B023
                 for i in range(len(runs))
             ]
             curves, tests = (np.stack(items) for items in zip(*pairs, strict=True))
@@ -174,7 +177,9 @@ class Trainer:
             for i, curve in enumerate(curves)
         ]  # fmt: skip
 
-    def _alone(self, carry: Any, hyper: Any, order: Any, test: bool) -> tuple[Any, Any]:
+    def _alone(self, run: Any, test: bool) -> tuple[Any, Any]:
+        """The same step by step, up to where it is not finite; with the test set at the end."""
+        carry, hyper, order = run
         seen = jax.tree.map(lambda x: x[: self.task.seen], self.task.train)
         both = lambda c: (self.measure(c, seen)[0], self.measure(c, self.task.valid)[1])
         curve = np.full((len(self.points), 2), np.nan)
