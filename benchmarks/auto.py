@@ -21,6 +21,7 @@ import optax
 
 from benchmarks import candidates
 from benchmarks.machine import describe_machine
+from benchmarks.readme import write_section
 from configs import cnn, mlp, rnn
 from examples import data, tasks
 from examples.compiling import jit
@@ -269,9 +270,7 @@ def write(runs: Path) -> None:
     rows = summarize([json.loads(line) for line in runs.read_text().splitlines()])
     about = describe_machine("benchmarks.auto", ("jax", "optax", "flax")) | {"rows": rows}
     SUMMARY.write_text(json.dumps(about, indent=1) + "\n")
-    path, begin, end = HERE / "README.md", "<!-- auto -->\n", "<!-- /auto -->"
-    before, rest = path.read_text().split(begin)
-    path.write_text(f"{before}{begin}{table(rows)}\n{end}{rest.split(end)[1]}")
+    write_section("auto", table(rows))
 
 
 def main() -> None:

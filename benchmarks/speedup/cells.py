@@ -210,17 +210,16 @@ def of_quadratic(name: str, optimizer: Optimizer, quick: bool) -> dict[str, Any]
 
         found = lattice.search(shape, objective, 2 * most_trials(quick))
         inside, best = found.inside, Run(0, *shape.values(found.best))
+    steps, _, _ = race([best._replace(seed=s) for s in SEEDS], problem.most)
     multiples = MULTIPLES if shape else MULTIPLES[:1]
     runs = [Run(s, m * best.rate, best.second) for m in multiples for s in SEEDS]
-    most = min(problem.most, 4 * fewest)
-    steps, _, lost = race(runs, most)
-    size = len(SEEDS)
+    lost, size = race(runs, min(problem.most, 4 * fewest))[2], len(SEEDS)
     return {
         "tried": tried,
         "inside": inside,
         "best": dict(rate=best.rate, second=best.second),
         "second": optimizer.second,
-        "steps": [int(n) if n >= 0 else None for n in steps[:size]],
+        "steps": [int(n) if n >= 0 else None for n in steps],
         "failed": [int(sum(lost[i : i + size])) for i in range(0, len(runs), size)],
     }
 

@@ -102,7 +102,7 @@ def _curves(axes: Axes, result: dict[str, Any]) -> None:
     if sgd is not None:
         axes.axvline(sgd, color=COLORS["sgd"], lw=0.8, ls=":")
     axes.set(xscale="log", yscale="log", title=result["title"], xlabel="steps")
-    axes.set_ylim(max(least, 1e-6) * 0.8, 1.5 * start)
+    axes.set_ylim(max(least, 1e-6) * 0.8, 1.5 * float(start))
 
 
 def stability(result: dict[str, Any]) -> Figure:

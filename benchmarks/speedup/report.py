@@ -1,7 +1,7 @@
 """What the result files say: steps to a target, beside tuned SGD, and the tables of the READMEs.
 
 The targets come from tuned SGD with the same seed, so the same start and batches: the training
-loss at which 95 % of its decrease is done, its loss at the end, and 95 % of its accuracy at the end.
+loss at which 95 % of its decrease is done, its loss at the end, and 95 % of its accuracy there.
 """
 
 import json
@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.readme import markdown, source
 from benchmarks.speedup import cells
 from benchmarks.speedup.optimizers import OPTIMIZERS
+from nag_jax import rules
 
 SHARE = 0.95
 Rows = dict[str, dict[str, Any]]
@@ -38,13 +39,13 @@ class Steps(NamedTuple):
         if self.mean is None:
             count = sum(n is not None for n in self.each)
             return f"- ({count} of {len(self.each)})" if count else "-"
-        low, high = min(self.each, default=0), max(self.each, default=0)  # pyright: ignore
+        low, high = min(filter(None, self.each)), max(filter(None, self.each))
         return f"{self.mean:.0f}" if low == high else f"{self.mean:.0f} ({low} to {high})"
 
 
 def to_loss(result: dict[str, Any], key: str, share: float = SHARE) -> Steps:
     """Steps until ``share`` of the decrease of tuned SGD's training loss is done."""
-    targets = [c[0] - share * (c[0] - c[-1]) for c in result["rows"]["sgd"]["curves"]]
+    targets = [(1 - share) * c[0] + share * c[-1] for c in result["rows"]["sgd"]["curves"]]
     return _first(result["points"], result["rows"][key]["curves"], targets, np.less_equal)
 
 
@@ -86,7 +87,7 @@ def chosen(row: dict[str, Any], which: str = "best") -> str:
     if not row["tried"]:
         return ""
     point = row[which]
-    second = f", {point['second']:g}" if row["second"] else ""
+    second = f", {point['second']:.4g}" if row["second"] else ""
     return f"{point['rate']:.3g}{second}" + ("" if row["inside"] else " (edge)")
 
 
@@ -130,7 +131,7 @@ def quadratic_steps(result: dict[str, Any], key: str) -> Steps:
 def quadratic_table(results: dict[str, Any]) -> str:
     """Steps of each optimizer on each quadratic."""
     found = {name: results[name] for name in cells.QUADRATICS if name in results}
-    head = ["optimizer", *(f"{cells.QUADRATICS[name]:.0e}" for name in found)]
+    head = ["optimizer", *(name.removeprefix("quadratic_") for name in found)]
     body = []
     for key, optimizer in OPTIMIZERS.items():
         line: list[Any] = [optimizer.title]
@@ -150,10 +151,9 @@ def stable(result: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def limits(key: str, momenta: np.ndarray) -> np.ndarray:
     """Learning rates, in units of 1/L, from which on a quadratic diverges."""
-    from nag_jax import rules
-
-    kappa, direct = (momenta, 1.0) if key == "nag" else (1.0, 0.0)
-    return np.asarray(rules.stability_limit(momenta, kappa, direct))
+    if key == "nag":
+        return np.array([rules.stability_limit(mu, mu) for mu in momenta])
+    return np.array([rules.stability_limit(mu, 1.0, 0.0) for mu in momenta])  # heavy ball
 
 
 def map_sentence(result: dict[str, Any]) -> str:
