@@ -126,6 +126,8 @@ def sections() -> Iterator[tuple[str, str, Path]]:
     for name, table in SECTIONS.items():
         yield name, table(json.loads((RESULTS / f"{name}.json").read_text())), PAGE
     found = report.load(RESULTS / "speedup")
+    if not found:
+        return
     for name, text in report.sections(found).items():
         yield name, text, PAGE
     yield "verdict", report.verdict(found), FRONT

@@ -10,17 +10,20 @@ runs a tiny size of every task into runs/speedup and writes nothing else.
 
 import argparse
 import os
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables
 from benchmarks.machine import describe_machine
-from benchmarks.speedup import cells, store
+from benchmarks.speedup import cells, plots, report, store
 from benchmarks.speedup.optimizers import OPTIMIZERS
 
 RESULTS = Path(__file__).parent.parent / "results" / "speedup"
+IMAGES = RESULTS.parent.parent.parent / "docs" / "img"
 QUICK = Path("runs/speedup")
 # Two runs beside each other, each on one thread, do more than one after the other on two.
 ENVIRONMENT = {
@@ -50,32 +53,40 @@ def run(arguments: argparse.Namespace) -> None:
     }
     settings = {name: cells.settings(name, quick) for name in arguments.tasks}
     rows = {name: store.load(folder, name, settings[name]) for name in arguments.tasks}
+    missing = [(n, k) for n, keys in wanted(arguments).items() for k in keys if k not in rows[n]]
+    for (name, key), row in measured(missing, quick, arguments.processes):
+        rows[name][key] = row | {"date": date.today().isoformat()}
+        order = {k: rows[name][k] for k in cells.contestants(name, quick) if k in rows[name]}
+        content = about | cells.header(name, quick) | {"settings": settings[name]}
+        store.save(folder, name, content | {"rows": order})
+        print(f"{name} {key}: {row['seconds']} s", flush=True)
+
+
+def measured(
+    missing: list[tuple[str, str]], quick: bool, processes: int
+) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """The rows as they get ready; with 0 processes, made in this one."""
+    if not processes:
+        for cell in missing:
+            yield cell, cells.measure(*cell, quick)
+        return
     os.environ.update(ENVIRONMENT)
-    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
-        futures: dict[Future[Any], tuple[str, str]] = {}
-        for name, keys in wanted(arguments).items():
-            for key in keys:
-                if key not in rows[name]:
-                    futures[pool.submit(cells.measure, name, key, quick)] = name, key
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        futures = {pool.submit(cells.measure, *cell, quick): cell for cell in missing}
         for future in as_completed(futures):
-            name, key = futures[future]
-            rows[name][key] = future.result() | {"date": date.today().isoformat()}
-            order = {k: rows[name][k] for k in cells.contestants(name, quick) if k in rows[name]}
-            content = about | cells.header(name, quick) | {"settings": settings[name]}
-            store.save(folder, name, content | {"rows": order})
-            print(f"{name} {key}: {rows[name][key]['seconds']} s", flush=True)
+            yield futures[future], future.result()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speedup", description=__doc__)
     parser.add_argument("--tasks", nargs="*", default=list(cells.NAMES), choices=cells.NAMES)
     parser.add_argument("--optimizers", nargs="*", choices=list(OPTIMIZERS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="tables and plots only")
     parser.add_argument("--results", type=Path, help="folder of the result files")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="0: this one")
     parser.add_argument("--also_ran", default="nothing else", help="for the result files")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     some = ["sgd", "nag_sutskever", "adam", "nag_auto"] if arguments.quick else list(OPTIMIZERS)
     arguments.optimizers = arguments.optimizers or some
     arguments.results = arguments.results or (QUICK if arguments.quick else RESULTS)
@@ -84,6 +95,9 @@ def main() -> None:
             run(arguments)
         except store.OtherSettingsError as error:
             parser.error(str(error))
+    if arguments.results == RESULTS:
+        plots.draw(report.load(RESULTS), IMAGES)
+        tables.main()
 
 
 if __name__ == "__main__":
