@@ -201,6 +201,8 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
         "speedup accuracies": accuracies(results),
         "speedup failures": failure_table(results),
     }
+    if "autoencoder" in results:
+        found["speedup momenta"] = momenta_table(results["autoencoder"])
     if cells.MAP in results:
         found["speedup map"] = map_sentence(results[cells.MAP])
     return found
@@ -211,6 +213,18 @@ def best_of(result: dict[str, Any], optimizer: str) -> str | None:
     same = [key for key in result["rows"] if key.partition("@")[0] == optimizer]
     loss = lambda key: np.mean([np.inf if v is None else v for v in result["rows"][key]["loss"]])
     return min(same, key=loss, default=None) if len(same) > 1 else next(iter(same), None)
+
+
+def momenta_table(result: dict[str, Any]) -> str:
+    """Squared error on the test set for each largest momentum, as table 1 of the 2013 paper."""
+    rows = result["rows"]
+    momenta = [key.partition("@")[2] for key in rows if key.startswith("heavy_ball@")]
+    show = lambda key: spread(rows[key]["test_of_best"], 3)
+    body = [["SGD", show("sgd"), *("" for _ in momenta)]]
+    for key in ("heavy_ball", "nag_sutskever"):
+        cells_of_row = [show(f"{key}@{momentum}") for momentum in momenta]
+        body.append([OPTIMIZERS[key].title, "", *cells_of_row])
+    return markdown(["largest momentum", "0", *momenta], body)
 
 
 def verdict(results: dict[str, Any]) -> str:
