@@ -10,7 +10,7 @@ runs a tiny size of every task into runs/speedup and writes nothing else.
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from multiprocessing import get_context
@@ -53,26 +53,39 @@ def run(arguments: argparse.Namespace) -> None:
     }
     settings = {name: cells.settings(name, quick) for name in arguments.tasks}
     rows = {name: store.load(folder, name, settings[name]) for name in arguments.tasks}
-    missing = [(n, k) for n, keys in wanted(arguments).items() for k in keys if k not in rows[n]]
-    for (name, key), row in measured(missing, quick, arguments.processes):
-        rows[name][key] = row | {"date": date.today().isoformat()}
+
+    def keep(name: str, key: str, row: dict[str, Any]) -> None:
+        rows[name][key] = rows[name].get(key, {}) | row
         order = {k: rows[name][k] for k in cells.contestants(name, quick) if k in rows[name]}
         content = about | cells.header(name, quick) | {"settings": settings[name]}
         store.save(folder, name, content | {"rows": order})
+
+    chosen = [(name, key) for name, keys in wanted(arguments).items() for key in keys]
+    missing = [(n, k, quick) for n, k in chosen if k not in rows[n]]
+    for (name, key, *_), row in done(cells.measure, missing, arguments.processes):
+        keep(name, key, row | {"date": date.today().isoformat()})
         print(f"{name} {key}: {row['seconds']} s", flush=True)
+    untimed = [
+        (n, k, quick, rows[n][k])
+        for n, k in chosen
+        if n in cells.tasks.TASKS and "milliseconds" not in rows[n][k]
+    ]
+    for (name, key, *_), row in done(cells.milliseconds, untimed, min(1, arguments.processes)):
+        keep(name, key, row)
+        print(f"{name} {key}: {row['milliseconds']} ms a step", flush=True)
 
 
-def measured(
-    missing: list[tuple[str, str]], quick: bool, processes: int
-) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-    """The rows as they get ready; with 0 processes, made in this one."""
+def done(
+    function: Callable[..., dict[str, Any]], items: list[Any], processes: int
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Arguments and results as they get ready; with 0 processes, made in this one."""
     if not processes:
-        for cell in missing:
-            yield cell, cells.measure(*cell, quick)
+        for item in items:
+            yield item, function(*item)
         return
     os.environ.update(ENVIRONMENT)
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        futures = {pool.submit(cells.measure, *cell, quick): cell for cell in missing}
+        futures = {pool.submit(function, *item): item for item in items}
         for future in as_completed(futures):
             yield futures[future], future.result()
 

@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.speedup import cells, report
 
@@ -16,6 +17,7 @@ COLORS = {
     "fista": "tab:olive", "fista_restart": "tab:purple", "backtracking": "black",
 }  # fmt: skip
 LABELS = {"nag_sutskever": "NAG"}  # where the two conventions are drawn as one
+FLOOR = 1e-5  # of the start: float32 sees no smaller differences of losses
 mpl.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3})
 
 
@@ -57,12 +59,13 @@ def kappas(results: dict[str, dict[str, Any]]) -> Figure:
         middle = list(found)[len(found) // 2]
         at = report.quadratic_steps(found[middle], key).mean
         if at is not None:
-            axes.plot(x, at * (x / middle) ** power, "k:", lw=0.8)
-            axes.annotate(f"slope of {text}", (x[-1], at * (x[-1] / middle) ** power), fontsize=7,
-                          ha="right", va="bottom")  # fmt: skip
+            line = 1.6 * at * (x / middle) ** power  # above what was measured
+            axes.plot(x, line, "k:", lw=0.8)
+            axes.annotate(f"slope of {text}", (x[2], line[2]), (-4, 4), fontsize=8, ha="right",
+                          textcoords="offset points")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="condition number κ")
     axes.set_ylabel("steps until f is 1e-6 of its start")
-    axes.legend(fontsize=6, ncol=2)
+    axes.legend(fontsize=6, ncol=2, loc="upper left")
     return figure
 
 
@@ -85,24 +88,28 @@ def loss_curves(results: dict[str, dict[str, Any]]) -> Figure:
 
 
 def _curves(axes: Axes, result: dict[str, Any]) -> None:
-    points, least = np.array(result["points"]), np.inf
+    """The training loss, above its minimum where that is known."""
+    points, low = np.array(result["points"])[1:], result.get("low") or 0.0
+    start = np.mean([c[0] for c in result["rows"]["sgd"]["curves"]]) - low
+    least = start
     for key in COLORS:
         best = report.best_of(result, key)
         if best is None or key == "nag":
             continue
-        row = result["rows"][best]
-        curves = np.array([[np.nan if v is None else v for v in c] for c in row["curves"]])
+        curves = result["rows"][best]["curves"]
+        filled = np.array([[np.nan if v is None else v - low for v in c[1:]] for c in curves])
+        filled = np.maximum(filled, FLOOR * start)
         label = LABELS.get(key) or cells.OPTIMIZERS[key].title
-        axes.plot(points[1:], curves.mean(0)[1:], color=COLORS[key], label=label, lw=1)
-        axes.fill_between(points[1:], curves.min(0)[1:], curves.max(0)[1:], color=COLORS[key],
-                          alpha=0.15, lw=0)  # fmt: skip
-        least = min(least, float(np.nanmin(curves)))
-    sgd = report.to_loss(result, "sgd").mean
-    start = np.mean([c[0] for c in result["rows"]["sgd"]["curves"]])
-    if sgd is not None:
-        axes.axvline(sgd, color=COLORS["sgd"], lw=0.8, ls=":")
+        axes.plot(points, filled.mean(0), color=COLORS[key], label=label, lw=1)
+        axes.fill_between(points, filled.min(0), filled.max(0), color=COLORS[key], alpha=0.15, lw=0)
+        least = min(least, np.nanmin(filled))
     axes.set(xscale="log", yscale="log", title=result["title"], xlabel="steps")
-    axes.set_ylim(max(least, 1e-6) * 0.8, 1.5 * float(start))
+    axes.set_ylabel("training loss - minimum" if low else "training loss")
+    axes.set_ylim(0.8 * float(least), 1.5 * float(start))
+    if least > 0.01 * start:  # too few powers of ten
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def stability(result: dict[str, Any]) -> Figure:
@@ -124,5 +131,5 @@ def stability(result: dict[str, Any]) -> Figure:
     grid[0, 0].set_ylabel("momentum")
     if image is not None:
         steps = result["settings"]["steps"]
-        figure.colorbar(image, ax=grid, label=f"log10 f after {steps} steps (white red: diverged)")
+        figure.colorbar(image, ax=grid, label=f"log10 f after {steps} steps (pink: diverged)")
     return figure

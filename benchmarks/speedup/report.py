@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.readme import markdown, source
 from benchmarks.speedup import cells
 from benchmarks.speedup.optimizers import OPTIMIZERS
+from benchmarks.speedup.training import steps_to_gap
 from nag_jax import rules
 
 SHARE = 0.95
@@ -47,6 +48,12 @@ def to_loss(result: dict[str, Any], key: str, share: float = SHARE) -> Steps:
     """Steps until ``share`` of the decrease of tuned SGD's training loss is done."""
     targets = [(1 - share) * c[0] + share * c[-1] for c in result["rows"]["sgd"]["curves"]]
     return _first(result["points"], result["rows"][key]["curves"], targets, np.less_equal)
+
+
+def to_gap(result: dict[str, Any], key: str) -> Steps:
+    """Steps until the loss is within 1e-4 of its known minimum, in units of the start."""
+    points, curves = result["points"], result["rows"][key]["curves"]
+    return Steps([steps_to_gap(points, curve, result["low"]) for curve in curves])
 
 
 def to_score(result: dict[str, Any], key: str) -> Steps:
@@ -99,20 +106,23 @@ def failures(row: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """One task that is trained on."""
     rows, classes = result["rows"], result["score"] == "accuracy"
+    convex = result.get("low") is not None
     head = [
         "optimizer", "rate, momentum", "trials", "training loss", f"test {_name(result)}",
         "steps to 95 %", "vs SGD", "steps to SGD's end",
+        *(["steps to a gap of 1e-4"] if convex else []),
         *(["steps to 95 % accuracy"] if classes else []), "ms a step", "s to 95 %", "failed",
     ]  # fmt: skip
     body = []
     for key, row in rows.items():
         steps, end = to_loss(result, key), to_loss(result, key, 1.0)
-        ms = row["milliseconds"]
+        ms = row.get("milliseconds")
         seconds = "-" if steps.mean is None or ms is None else f"{steps.mean * ms / 1e3:.2f}"
         body.append(
             [
                 row["title"], chosen(row), len(row["tried"]) or "", spread(row["loss"]),
                 spread(row["test"]), steps, times(ratio(to_loss(result, "sgd"), steps)), end,
+                *([to_gap(result, key)] if convex else []),
                 *([to_score(result, key)] if classes else []),
                 "" if ms is None else f"{ms:.3g}", seconds, failures(row),
             ]
@@ -219,7 +229,7 @@ def momenta_table(result: dict[str, Any]) -> str:
     """Squared error on the test set for each largest momentum, as table 1 of the 2013 paper."""
     rows = result["rows"]
     momenta = [key.partition("@")[2] for key in rows if key.startswith("heavy_ball@")]
-    show = lambda key: spread(rows[key]["test_of_best"], 3)
+    show = lambda key: spread(rows[key]["test_of_best"], 3) if key in rows else ""
     body = [["SGD", show("sgd"), *("" for _ in momenta)]]
     for key in ("heavy_ball", "nag_sutskever"):
         cells_of_row = [show(f"{key}@{momentum}") for momentum in momenta]
@@ -257,5 +267,6 @@ def accuracies(results: dict[str, Any]) -> str:
     body = []
     for key, optimizer in OPTIMIZERS.items():
         if not optimizer.exact:
-            body.append([optimizer.title, *(spread(r["rows"][key]["test"]) for r in tasks)])
+            rows = [r["rows"].get(key) for r in tasks]
+            body.append([optimizer.title, *(spread(row["test"]) if row else "" for row in rows)])
     return markdown(["optimizer", *(r["title"] for r in tasks)], body)

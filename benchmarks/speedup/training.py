@@ -37,6 +37,7 @@ class Task(NamedTuple):
     scanned: bool = True  # all steps and runs in one program; on CPU slow for convolutions
     fusions: tuple[str, ...] = ("REDUCE",)
     scale: float = 1.0  # of the first learning rates of what is not adaptive
+    low: float | None = None  # the minimum of the loss, where it is known
     momenta: tuple[float, ...] = ()  # each tuned by itself, those of heavy ball and NAG
 
 
@@ -63,6 +64,16 @@ def evaluations(steps: int, ratio: float = 1.08) -> np.ndarray:
         found.append(step)
         step = max(step + 1, round(step * ratio))
     return np.array([*found, steps])
+
+
+GAP = 1e-4  # of the loss to its minimum, in units of that at the start
+
+
+def steps_to_gap(points: Any, losses: Any, low: float) -> int | None:
+    """Steps until the loss is within GAP of its minimum."""
+    curve = np.array([np.nan if v is None else v for v in losses], float)
+    hits = np.flatnonzero(curve - low <= GAP * (curve[0] - low))
+    return int(points[hits[0]]) if len(hits) else None
 
 
 def orders(task: Task, seed: int) -> np.ndarray:
