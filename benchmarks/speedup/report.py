@@ -251,7 +251,9 @@ def verdict(results: dict[str, Any]) -> str:
             looks = [to_loss, lambda result, key: to_loss(result, key, 1.0)]
         bases = [look(result, "sgd") for look in looks]
         show = lambda steps: "-" if steps.mean is None else f"{steps.mean:,.0f}"
-        line = [result["title"], ", ".join(map(show, bases))]
+        kappa = name.removeprefix("quadratic_")
+        title = f"quadratic, κ = {kappa}" if name in cells.QUADRATICS else result["title"]
+        line = [title, ", ".join(map(show, bases))]
         for key in keys:
             same = best_of(result, key)
             ratios = [ratio(b, look(result, same)) if same else None

@@ -114,9 +114,6 @@ def perceptron(quick: bool) -> Task:
     return _images("MLP", about, config, samples, steps, 64, test)
 
 
-_STEPWISE: dict[str, Any] = dict(scanned=False, seen=512, ratio=1.2)  # evaluations cost more here
-
-
 def convolutional(quick: bool) -> Task:
     samples, steps, test = (200, 10, 200) if quick else (8000, 400, 5000)
     channels, hidden = ((2, 2), 4) if quick else ((8, 16), 32)
@@ -128,12 +125,12 @@ def convolutional(quick: bool) -> Task:
 
 
 def residual(quick: bool) -> Task:
-    samples, steps, test = (200, 10, 200) if quick else (8000, 250, 5000)
+    samples, steps, test = (200, 10, 200) if quick else (8000, 150, 2500)
     channels = (2, 4) if quick else (8, 16)
     config = _configured(resnet, channels=channels, blocks=1)
     about = f"2 blocks with BatchNorm, {channels[0]} and {channels[1]} channels"
     return _images(
-        "ResNet", about, config, samples, steps, 64, test, seen=512, ratio=1.2, scanned=False
+        "ResNet", about, config, samples, steps, 64, test, seen=512, ratio=1.3, scanned=False
     )
 
 
