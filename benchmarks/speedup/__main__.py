@@ -48,9 +48,10 @@ def wanted(arguments: argparse.Namespace) -> dict[str, list[str]]:
 def run(arguments: argparse.Namespace) -> None:
     folder, quick = arguments.results, arguments.quick
     about = describe_machine("benchmarks.speedup", ("jax", "optax", "flax")) | {
-        "also_ran": arguments.also_ran,
+        "also_ran": arguments.also_ran,  # so the command need not say it
         "processes": arguments.processes,
     }
+    about["command"] = about["command"].partition(" --also_ran")[0]
     settings = {name: cells.settings(name, quick) for name in arguments.tasks}
     rows = {name: store.load(folder, name, settings[name]) for name in arguments.tasks}
 

@@ -34,7 +34,7 @@ def draw(results: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(paths[-1], dpi=90, bbox_inches="tight", metadata={"Software": None})
     return paths
 
 

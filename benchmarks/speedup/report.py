@@ -180,19 +180,15 @@ def map_sentence(result: dict[str, Any]) -> str:
 
 def failure_table(results: dict[str, Any]) -> str:
     """Share of the runs that failed, over all tasks that are trained on."""
-    names = [name for name in cells.tasks.TASKS if name in results]
     body = []
     for key, optimizer in OPTIMIZERS.items():
-        rows = [
-            row for name in names for k, row in results[name]["rows"].items()
-            if k.partition("@")[0] == key and len(row["failed"]) > 1
-        ]  # fmt: skip
-        if not rows or optimizer.exact:
+        pairs = [(results[n], best_of(results[n], key)) for n in cells.tasks.TASKS if n in results]
+        rows = [result["rows"][best] for result, best in pairs if best]
+        if optimizer.exact or optimizer.rate is None or not rows:
             continue
         failed = np.array([row["failed"] for row in rows])
-        runs = len(rows) * len(rows[0]["loss"])
-        shares = [f"{100 * n / runs:.0f} %" for n in failed.sum(0)]
-        body.append([optimizer.title, runs, *shares])
+        runs = sum(len(row["loss"]) for row in rows)
+        body.append([optimizer.title, runs, *(f"{100 * n / runs:.0f} %" for n in failed.sum(0))])
     return markdown(["optimizer", "runs", *(f"{m} x" for m in cells.MULTIPLES)], body)
 
 
