@@ -21,6 +21,7 @@ import optax
 
 from benchmarks import candidates
 from benchmarks.machine import describe_machine
+from benchmarks.readme import write_section
 from configs import cnn, mlp, rnn
 from examples import data, tasks
 from examples.compiling import jit
@@ -56,14 +57,18 @@ def images() -> Problem:
     config.augment.update(flip=False, shift=0, zoom=0.0)
     config.model.update(channels=(8, 16), hidden=64)
     config.num_epochs = 4
-    whole = data.load(config)
+    dataset = halved(data.load(config), 24000, 10000)
+    return _problem(config, dataset, 6, 2000, _grid(0.005, 8), _grid(0.0005, 7))
+
+
+def halved(whole: data.Dataset, train_samples: int, test_samples: int) -> data.Dataset:
+    """The first images of 28 x 28 pixels, at half the resolution."""
     half = lambda x: x.reshape(-1, 14, 2, 14, 2, 1).mean((2, 4)).astype(np.uint8)
     shrunk = lambda split, n: dict(x=half(split["x"][:n]), y=split["y"][:n])
-    train, test = shrunk(whole.train, 24000), shrunk(whole.test, 10000)
-    dataset = whole._replace(
+    train, test = shrunk(whole.train, train_samples), shrunk(whole.test, test_samples)
+    return whole._replace(
         train=train, test=test, mean=float(train["x"].mean()), std=float(train["x"].std())
     )
-    return _problem(config, dataset, 6, 2000, _grid(0.005, 8), _grid(0.0005, 7))
 
 
 def text() -> Problem:
@@ -265,9 +270,7 @@ def write(runs: Path) -> None:
     rows = summarize([json.loads(line) for line in runs.read_text().splitlines()])
     about = describe_machine("benchmarks.auto", ("jax", "optax", "flax")) | {"rows": rows}
     SUMMARY.write_text(json.dumps(about, indent=1) + "\n")
-    path, begin, end = HERE / "README.md", "<!-- auto -->\n", "<!-- /auto -->"
-    before, rest = path.read_text().split(begin)
-    path.write_text(f"{before}{begin}{table(rows)}\n{end}{rest.split(end)[1]}")
+    write_section("auto", table(rows))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import optax
 
 import nag_jax
 from benchmarks.machine import describe_machine
-from benchmarks.readme import write_section
+from benchmarks.readme import source, write_section
 from examples import convex
 
 HERE = Path(__file__).parent
@@ -148,9 +148,7 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     show = lambda n: "-" if n is None else str(n)
     lines = [
-        f"`{results['command']}`, {results['date']}, {results['machine']}; "
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ".",
+        source(results),
         "",
         "| problem | dtype | method | 1e-3 | 1e-6 | 1e-9 | Hessian products |",
         "|---|---|---|---:|---:|---:|---:|",

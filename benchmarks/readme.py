@@ -1,15 +1,35 @@
-"""Generated tables of the benchmarks' README."""
+"""Generated parts of the READMEs: what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
 
 from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent / "README.md"
 
 
-def write_section(name: str, text: str) -> None:
+def read_section(name: str, path: Path = PAGE) -> str:
+    return _split(name, path)[1]
+
+
+def write_section(name: str, text: str, path: Path = PAGE) -> None:
     """Replaces what stands between the markers of that name."""
-    path, begin, end = (
-        Path(__file__).parent / "README.md",
-        f"<!-- {name} -->\n",
-        f"<!-- /{name} -->",
-    )
-    whole = path.read_text()
-    before, after = whole.split(begin)[0], whole.split(end)[1]
-    path.write_text(f"{before}{begin}{text}\n{end}{after}")
+    before, _, after = _split(name, path)
+    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+
+
+def _split(name: str, path: Path) -> tuple[str, str, str]:
+    before, rest = path.read_text().split(f"<!-- {name} -->\n")
+    text, after = rest.split(f"\n<!-- /{name} -->")
+    return before, text, after
+
+
+def source(results: dict[str, Any]) -> str:
+    """Where the numbers of a result file come from."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"`{results['command']}`, {results['date']}, {results['machine']}; {versions}."
+
+
+def markdown(head: list[str], rows: list[list[Any]], text_columns: int = 1) -> str:
+    """A table; all columns but the first ones are numbers."""
+    lines = ["| " + " | ".join(head) + " |"]
+    lines.append("|" + "---|" * text_columns + "---:|" * (len(head) - text_columns))
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])

@@ -24,7 +24,7 @@ import optax
 import nag_jax
 from benchmarks import problems
 from benchmarks.machine import describe_machine
-from benchmarks.readme import write_section
+from benchmarks.readme import source, write_section
 
 RESULTS = Path(__file__).parent / "results" / "stepsizes.json"
 GAPS = (1e-6, 1e-9)
@@ -110,9 +110,8 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     rows = results["rows"]
     show = lambda n: "-" if n is None else str(n)
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
-        f"`{results['command']}`, {results['date']}, {results['machine']}; {versions}.",
+        source(results),
         "",
         "| method | problems | median ratio to known L | largest | fewer gradients than known L |",
         "|---|---:|---:|---:|---:|",

@@ -1,0 +1,1 @@
+"""Does Nesterov's momentum speed up training? ``python -m benchmarks.speedup``."""

@@ -1,0 +1,142 @@
+"""Writes the READMEs' tables from the result files: ``python -m benchmarks.tables``."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import auto, convergence, step_time, stepsizes
+from benchmarks.readme import PAGE, markdown, source, write_section
+from benchmarks.speedup import report
+
+RESULTS = Path(__file__).parent / "results"
+FRONT = PAGE.parent.parent / "README.md"
+PROGRAMS = {
+    "mlp": "MLP 256-128, digits",
+    "mlp on Fashion-MNIST": "MLP 256-128, Fashion-MNIST",
+    "cnn": "CNN, Fashion-MNIST",
+    "rnn": "GRU, 64 characters",
+}
+
+
+def throughput(results: dict[str, Any]) -> str:
+    """Samples per second here and in PyTorch."""
+    rows = []
+    for key, title in PROGRAMS.items():
+        row = results["results"][key]
+        speeds = [f"{row['samples_per_second'][name]:,}" for name in ("nag_jax", "torch")]
+        low, middle, high = (row[f"ratio_{which}"] for which in ("min", "median", "max"))
+        rows.append([title, *speeds, f"{middle:.2f} ({low:.2f} to {high:.2f})"])
+    table = markdown(["program", "here", "PyTorch", "ratio (least to largest)"], rows)
+    return f"{source(results)} Also ran: {results['also_ran']}.\n\n{table}"
+
+
+def streaming(results: dict[str, Any]) -> str:
+    memory = results["memory_bytes"]
+    early, late = (memory[when]["RssAnon"] / 1e6 for when in ("10 %", "100 %"))
+    return (
+        f"{source(results)}\n\nSoftmax regression over {results['rows'] / 1e6:.0f} million rows, "
+        f"{results['bytes_on_disk'] / 1e9:.2f} GB on disk, batch {results['batch_size']}. "
+        f"Anonymous memory is {early:.1f} MB\nafter a tenth of the rows and {late:.1f} MB at the "
+        f"end; {results['rows_per_second'] / 1e6:.1f} million rows a second."
+    )
+
+
+def diloco(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["method"], row["every"] if row["method"] == "DiLoCo" else "",
+            f"{row['learning_rate']:g}", f"{row['loss']:.4f}", f"{row['bytes_per_step']:,.0f}",
+        ]
+        for row in results["results"]
+    ]  # fmt: skip
+    head = ["method", "H", "peak learning rate inside", "test loss", "bytes per step and worker"]
+    return f"{source(results)} {results['seconds']} s.\n\n{markdown(head, rows)}"
+
+
+def precision(results: dict[str, Any]) -> str:
+    """Bytes of state a parameter, and losses relative to float32 with the same seed."""
+    sizes = results["bytes"]
+    head = ["momentum", *(f"bytes a parameter, {model}" for model in sizes)]
+    first = [
+        [name, *(f"{sizes[model][name]:.2f}" for model in sizes)]
+        for name in next(iter(sizes.values()))
+    ]
+    losses = results["losses"]
+    seeds = {model: len(rows["float32"]) for model, rows in losses.items()}
+    second = []
+    for name in next(iter(losses.values())):
+        line = [name]
+        for rows in losses.values():
+            exact, values = np.array(rows["float32"]), np.array(rows[name])
+            ratios = values / exact
+            means = f"{values.mean() / exact.mean():.4f}"
+            line.append(f"{means} ({ratios.min():.4f} to {ratios.max():.4f})")
+        second.append(line)
+    titles = [f"{model}, {n} seeds" for model, n in seeds.items()]
+    return (
+        f"{source(results)}\n\n{markdown(head, first)}\n\n"
+        f"{markdown(['final loss relative to float32', *titles], second)}"
+    )
+
+
+def steps(results: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{name} {1e3 * t:.0f} ms" for name, t in results["import_s"].items())
+    return f"{source(results)}\n\n{step_time.table(results)}\n\nImports, each alone: {seconds}."
+
+
+def scaling(results: dict[str, Any]) -> str:
+    """Steps a second by mode and number of devices; bytes of a device among the most."""
+    found = {(row["way"], row["devices"]): row for row in results["results"]}
+    ways, counts = dict.fromkeys(w for w, _ in found), sorted({n for _, n in found})
+    most = counts[-1]
+    head = [
+        "steps a second, on devices:", *map(str, counts), f"sent by each of {most}",
+        f"held by each of {most}",
+    ]  # fmt: skip
+    rows = [
+        [
+            way,
+            *(f"{found[way, n]['steps_per_second']:.1f}" for n in counts),
+            f"{found[way, most]['bytes_sent_by_device'] / 1e6:.2f} MB",
+            f"{found[way, most]['bytes_held_by_device'] / 1e6:.2f} MB",
+        ]
+        for way in ways
+    ]
+    return f"{source(results)}\n\n{markdown(head, rows)}"
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "convergence": convergence.table,
+    "stepsizes": stepsizes.table,
+    "auto": lambda results: auto.table(results["rows"]),
+    "step_time": steps,
+    "precision": precision,
+    "throughput": throughput,
+    "streaming": streaming,
+    "diloco": diloco,
+    "scaling": scaling,
+}
+
+
+def sections() -> Iterator[tuple[str, str, Path]]:
+    """Name, text and page of everything that is generated."""
+    for name, table in SECTIONS.items():
+        yield name, table(json.loads((RESULTS / f"{name}.json").read_text())), PAGE
+    found = report.load(RESULTS / "speedup")
+    if not found:
+        return
+    for name, text in report.sections(found).items():
+        yield name, text, PAGE
+    yield "verdict", report.verdict(found), FRONT
+
+
+def main() -> None:
+    for name, text, path in sections():
+        write_section(name, text, path)
+
+
+if __name__ == "__main__":
+    main()
