@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import auto, convergence, step_time, stepsizes
+from benchmarks import auto, convergence, recipes, step_time, stepsizes
 from benchmarks.readme import PAGE, markdown, source, write_section
 from benchmarks.speedup import report
 
@@ -125,6 +125,7 @@ def sections() -> Iterator[tuple[str, str, Path]]:
     """Name, text and page of everything that is generated."""
     for name, table in SECTIONS.items():
         yield name, table(json.loads((RESULTS / f"{name}.json").read_text())), PAGE
+    yield "recipes", recipes.table(json.loads(recipes.RESULTS.read_text())), FRONT
     found = report.load(RESULTS / "speedup")
     if not found:
         return
