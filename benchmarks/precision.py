@@ -23,6 +23,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.shapes import SHAPES
 from configs import cnn, mlp, rnn
 from examples import data, tasks
+from nag_jax import rules
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
 STORAGES: dict[str, Any] = {
@@ -119,6 +120,22 @@ def bytes_per_parameter(shapes: list[tuple[int, ...]], storage: Any) -> float:
     return size / sum(p.size for p in params)
 
 
+def shares_of_limit(storage: Any, momenta: tuple[float, ...] = (0.9, 0.99, 0.999)) -> list[float]:
+    """What heavy ball's update reaches of g/(1 - momentum) in 10 time constants, in mean over g."""
+    gradient, shares = jnp.linspace(0.02, 1.0, 4096), []
+    for momentum in momenta:
+        kernel = nag_jax.accelerate(rules.heavy_ball(momentum), accumulator_dtype=storage)
+
+        def step(carry: Any, _: None, kernel: Any = kernel) -> tuple[Any, None]:
+            return kernel.update(gradient, carry[1]), None
+
+        with warnings.catch_warnings(action="ignore"):  # nearest rounding warns of just this
+            start = gradient, kernel.init(gradient)
+            (update, _), _ = jax.lax.scan(step, start, length=round(10 / (1 - momentum)))
+        shares.append(float(jnp.mean(update / gradient)) * (1 - momentum))
+    return shares
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What lean momentum costs.")
     parser.add_argument("--seeds", type=int, default=5)
@@ -130,6 +147,8 @@ def main() -> None:
         model: {name: bytes_per_parameter(SHAPES[model], make(0)) for name, make in
                 STORAGES.items()} for model in ("ResNet-50", "GPT-2 small")
     }  # fmt: skip
+    result["shares_of_limit"] = {name: shares_of_limit(make(0)) for name, make in STORAGES.items()}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     for name in arguments.only:
         config = recipes()[name]
         dataset = data.load(config)
@@ -138,6 +157,7 @@ def main() -> None:
             for storage in (*STORAGES, *PARAMS)
         }
         result["losses"][name] = losses
+        result["losses_from"] = {key: result[key] for key in ("command", "date")}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         exact = np.array(losses["float32"])
         for storage, values in losses.items():

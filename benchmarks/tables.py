@@ -60,8 +60,11 @@ def precision(results: dict[str, Any]) -> str:
     """Bytes of state a parameter, and losses relative to float32 with the same seed."""
     sizes = results["bytes"]
     head = ["momentum", *(f"bytes a parameter, {model}" for model in sizes)]
+    head.append("reaches, of the limit at momentum 0.9, 0.99, 0.999")
+    shares = results["shares_of_limit"]
+    reached = {name: ", ".join(f"{100 * s:.0f}" for s in shares[name]) for name in shares}
     first = [
-        [name, *(f"{sizes[model][name]:.2f}" for model in sizes)]
+        [name, *(f"{sizes[model][name]:.2f}" for model in sizes), f"{reached[name]} %"]
         for name in next(iter(sizes.values()))
     ]
     losses = results["losses"]
@@ -78,6 +81,7 @@ def precision(results: dict[str, Any]) -> str:
     titles = [f"{model}, {n} seeds" for model, n in seeds.items()]
     return (
         f"{source(results)}\n\n{markdown(head, first)}\n\n"
+        f"`{results['losses_from']['command']}`, {results['losses_from']['date']}:\n\n"
         f"{markdown(['final loss relative to float32', *titles], second)}"
     )
 
