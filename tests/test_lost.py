@@ -1,6 +1,5 @@
 """Nothing is lost: runs that are killed, stopped, starved of disk or damaged end as if never."""
 
-import gc
 import json
 import random
 import re
@@ -16,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from examples import signals, streaming
+from examples import streaming
 from examples.checkpoints import Checkpoints
 from examples.errors import UserError
 
@@ -229,18 +228,26 @@ def test_a_second_ctrl_c_loses_nothing(server, whole, tmp_path):
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch):
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
     """What is raised there goes to ``sys.unraisablehook`` and nowhere else."""
+    program = """if True:
+        import gc, signal, sys, time
+        from examples import signals
 
-    def interrupt(phase, info):
-        gc.callbacks.remove(interrupt)
-        signal.raise_signal(signal.SIGINT)
+        def interrupt(phase, info):
+            gc.callbacks.remove(interrupt)
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(sys, "unraisablehook", signals.forget)
-    gc.callbacks.append(interrupt)
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        gc.collect()
-        time.sleep(5)
+        sys.unraisablehook = signals.forget
+        gc.disable()
+        gc.callbacks.append(interrupt)
+        try:
+            gc.collect()
+            time.sleep(5)
+        except KeyboardInterrupt:
+            sys.exit(7)
+    """
+    assert subprocess.run([sys.executable, "-c", program], cwd=forks.ROOT).returncode == 7
 
 
 def fails(server, workdir, message, *options, **kwargs):
