@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from typing import Any
 def describe_machine(module: str, packages: tuple[str, ...] = ("jax", "optax")) -> dict[str, Any]:
     """Command, date, machine and versions of the run that calls this."""
     return {
-        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},

@@ -1,5 +1,9 @@
-"""Generated parts of the READMEs: what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+"""Generated parts of the READMEs: what stands between ``<!-- name -->`` and ``<!-- /name -->``.
 
+And what phrases with numbers are made of.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +37,20 @@ def markdown(head: list[str], rows: list[list[Any]], text_columns: int = 1) -> s
     lines = ["| " + " | ".join(head) + " |"]
     lines.append("|" + "---|" * text_columns + "---:|" * (len(head) - text_columns))
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def if_true(condition: Any, phrase: str) -> str:
+    return phrase if condition else f"(no longer true) {phrase}"
+
+
+def span(values: Iterable[float], digits: int = 1) -> str:
+    """From the least to the most."""
+    found = list(values)
+    low, high = (f"{v:.{digits}f}" for v in (min(found), max(found)))
+    return low if low == high else f"{low} to {high}"
+
+
+def joined(values: Iterable[Any], digits: int | None = None) -> str:
+    """a, b and c."""
+    texts = [str(v) if digits is None else f"{v:.{digits}f}" for v in values]
+    return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else texts[0]

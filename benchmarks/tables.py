@@ -112,6 +112,15 @@ def scaling(results: dict[str, Any]) -> str:
     return f"{source(results)}\n\n{markdown(head, rows)}"
 
 
+def transposed(results: dict[str, Any]) -> str:
+    """Steps per second of CPU time, with and without the transposition."""
+    rows = results["results"]
+    speeds = [f"{row['steps_per_cpu_second']:.1f}" for row in rows]
+    return f"{source(results)} Other jobs ran beside.\n\n" + markdown(
+        [row["way"] for row in rows], [speeds], text_columns=0
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "convergence": convergence.table,
     "stepsizes": stepsizes.table,
@@ -122,6 +131,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "streaming": streaming,
     "diloco": diloco,
     "scaling": scaling,
+    "scaling_transposed": transposed,
 }
 
 

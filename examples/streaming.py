@@ -3,16 +3,32 @@
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import grain
 import numpy as np
+from absl import logging
 
 from examples import processes
 from examples.errors import UserError
 from examples.shard_writer import write_shards as write_shards
 from examples.shards import ShardedSource as ShardedSource
 from examples.shards import open_shards as open_shards
+
+
+@contextmanager
+def _without(message: str) -> Iterator[None]:
+    """What is logged about that here goes nowhere."""
+    logger, other = logging.get_absl_logger(), lambda record: message not in record.getMessage()
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+with _without("multiprocess worker profiling"):  # on each import with jaxlib older than 0.11
+    import grain
 
 _IDENTITY = ("seed", "batch_size", "rows", "shards")
 

@@ -113,7 +113,6 @@ class Server:
 def serve():
     sys.path[0] = str(ROOT)
     sys.argv[0] = "train"
-    import grain  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
     import sklearn.datasets  # noqa: F401
 

@@ -17,6 +17,7 @@ import pytest
 import nag_jax
 
 MODULES = [m.name for m in pkgutil.iter_modules(nag_jax.__path__, "nag_jax.")]
+MODULES_OF_USERS = (nag_jax, nag_jax.rules, nag_jax.schedules, nag_jax.restart, nag_jax.proximal)
 NAMES = dict(jax=jax, jnp=jnp, optax=optax, nag_jax=nag_jax, rules=nag_jax.rules)
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
@@ -81,6 +82,12 @@ def public(module):
     return {n for n in names if n[0] != "_" and isinstance(getattr(module, n), kinds)}
 
 
+def test_the_changelog_names_everything_public():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    code = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", text))))
+    assert not {name for module in MODULES_OF_USERS for name in public(module)} - code
+
+
 def test_the_api_reference_has_every_public_name_once():
     documented = []
     for page in sorted(ROOT.glob("docs/api/*.rst")):
@@ -90,8 +97,7 @@ def test_the_api_reference_has_every_public_name_once():
                 module = name
             elif kind in ("autofunction", "autoclass"):
                 documented.append(f"{module}.{name}")
-    modules = (nag_jax, nag_jax.rules, nag_jax.schedules, nag_jax.restart, nag_jax.proximal)
-    expected = [f"{m.__name__}.{name}" for m in modules for name in public(m)]
+    expected = [f"{m.__name__}.{name}" for m in MODULES_OF_USERS for name in public(m)]
     assert len(expected) > 70
     assert sorted(documented) == sorted(expected)
 

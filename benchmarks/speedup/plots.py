@@ -16,7 +16,7 @@ COLORS = {
     "adam": "tab:red", "adamw": "tab:pink", "nadam": "tab:brown", "nag_auto": "tab:green",
     "fista": "tab:olive", "fista_restart": "tab:purple", "backtracking": "black",
 }  # fmt: skip
-LABELS = {"nag_sutskever": "NAG"}  # where the two conventions are drawn as one
+BOTH = {"nag_sutskever": "NAG, both conventions"}  # the same while all is constant
 FLOOR = 1e-5  # of the start: float32 sees no smaller differences of losses
 mpl.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3})
 
@@ -34,47 +34,51 @@ def draw(results: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=90, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(paths[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
     return paths
 
 
 def kappas(results: dict[str, dict[str, Any]]) -> Figure:
     """Steps to 1e-6 of the start against the condition number, and the slopes of the theory."""
-    figure = Figure(figsize=(5.2, 3.8))
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
     axes = figure.subplots()
     found = {cells.QUADRATICS[n]: results[n] for n in cells.QUADRATICS if n in results}
-    keys = [k for k in COLORS if k != "nag"]
-    for key in keys:
-        pairs = [(k, report.quadratic_steps(r, key)) for k, r in found.items() if key in r["rows"]]
-        there = [(kappa, steps) for kappa, steps in pairs if steps.mean is not None]
-        if not there:
-            continue
-        x, mean = zip(*[(kappa, steps.mean) for kappa, steps in there], strict=True)
-        each: Any = np.array([steps.each for _, steps in there])
-        label = LABELS.get(key) or cells.OPTIMIZERS[key].title
-        bars = [np.array(mean) - each.min(1), each.max(1) - np.array(mean)]
-        axes.errorbar(x, mean, bars, label=label, color=COLORS[key], marker="o", ms=3, lw=1)
     x = np.array(list(found), float)
-    for key, power, text in (("sgd", 1.0, "κ"), ("nag_sutskever", 0.5, "√κ")):
+    for key in COLORS:
+        steps = [report.quadratic_steps(r, key) for r in found.values() if key in r["rows"]]
+        if key == "nag" or len(steps) < len(found):
+            continue
+        # Where a seed did not arrive there is no point, and no line through it.
+        mean = np.array([np.nan if s.mean is None else s.mean for s in steps])
+        each = np.array([s.each for s in steps], float)
+        bars = [mean - each.min(1), each.max(1) - mean]
+        label = BOTH.get(key, cells.OPTIMIZERS[key].title)
+        axes.errorbar(x, mean, bars, label=label, color=COLORS[key], marker="o", ms=3, lw=1.2)
+    # Above and below what was measured, with the text on the free side.
+    for key, power, factor, text in (("sgd", 1.0, 1.6, "κ"), ("nag_sutskever", 0.5, 0.35, "√κ")):
         middle = list(found)[len(found) // 2]
         at = report.quadratic_steps(found[middle], key).mean
         if at is not None:
-            line = 1.6 * at * (x / middle) ** power  # above what was measured
+            line = factor * at * (x / middle) ** power
             axes.plot(x, line, "k:", lw=0.8)
-            axes.annotate(f"slope of {text}", (x[2], line[2]), (-4, 4), fontsize=8, ha="right",
+            side, offset = ("right", (-8, 4)) if factor > 1 else ("left", (8, -8))
+            axes.annotate(f"slope of {text}", (middle, factor * at), offset, ha=side,
                           textcoords="offset points")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="condition number κ")
     axes.set_ylabel("steps until f is 1e-6 of its start")
-    axes.legend(fontsize=6, ncol=2, loc="upper left")
+    lines, labels = axes.get_legend_handles_labels()
+    last = lambda i: -float(np.nan_to_num(lines[i].lines[0].get_ydata()[-1]))
+    order = sorted(range(len(lines)), key=last)  # as on the right edge
+    figure.legend([lines[i] for i in order], [labels[i] for i in order], loc="outside right center")
     return figure
 
 
 def loss_curves(results: dict[str, dict[str, Any]]) -> Figure:
     """Mean training loss of three seeds, each optimizer tuned, and the range over them."""
     names = [name for name in cells.tasks.TASKS if name in results]
-    columns = min(4, len(names))
+    columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(3 * columns, 2.6 * lines), layout="constrained")
+    figure = Figure(figsize=(3 * columns, 2.4 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         _curves(axes, results[name])
@@ -83,7 +87,11 @@ def loss_curves(results: dict[str, dict[str, Any]]) -> Figure:
     handles: dict[str, Any] = {}
     for axes in grid.flat[: len(names)]:
         handles |= {line.get_label(): line for line in axes.get_lines()}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=6, fontsize=7)
+    spare = lines * columns > len(names)  # a legend fits where no axes are
+    figure.legend(
+        handles.values(), handles.keys(), ncol=2 if spare else 6,
+        loc="lower right" if spare else "outside lower center",
+    )  # fmt: skip
     return figure
 
 
@@ -99,7 +107,7 @@ def _curves(axes: Axes, result: dict[str, Any]) -> None:
         curves = result["rows"][best]["curves"]
         filled = np.array([[np.nan if v is None else v - low for v in c[1:]] for c in curves])
         filled = np.maximum(filled, FLOOR * start)
-        label = LABELS.get(key) or cells.OPTIMIZERS[key].title
+        label = cells.OPTIMIZERS[key].title
         axes.plot(points, filled.mean(0), color=COLORS[key], label=label, lw=1)
         axes.fill_between(points, filled.min(0), filled.max(0), color=COLORS[key], alpha=0.15, lw=0)
         least = min(least, np.nanmin(filled))
@@ -124,7 +132,7 @@ def stability(result: dict[str, Any]) -> Figure:
         axes.set_facecolor("mistyrose")
         image = axes.pcolormesh(rates, momenta, values, vmin=-16, vmax=0, cmap="viridis")
         axes.plot(report.limits(key, momenta), momenta, "r", lw=1.5, label="theory's limit")
-        title = "NAG" if key == "nag" else row["title"]
+        title = BOTH["nag_sutskever"] if key == "nag" else row["title"]
         axes.set(title=title, xlabel="learning rate · L", xlim=(rates[0], rates[-1]))
         axes.grid(visible=False)
         axes.legend(fontsize=7, loc="upper right")
