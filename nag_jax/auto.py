@@ -16,8 +16,9 @@ from nag_jax.kernel import accelerate
 
 _FIRST = 0.01  # the first distance, in units of 1 + the norm of the parameters
 _PACE = 10.0  # effective step in units of distance / norm of all gradients
-_GROWTH = 4.0  # the distance grows at most like this power of the sum of squared gradients
-_REACH = 8.0  # how far progress reaches; 2 gives the distance moved where there is no noise
+_GROWTH = 3.0  # the distance grows at most like this power of the sum of squared gradients
+_SHARE = 0.2  # of the way gone, what counts even where noise has gone it
+_MOST = 0.5  # of the first norm of the parameters, the longest way that counts like that
 
 
 class AutoState(NamedTuple):
@@ -25,6 +26,7 @@ class AutoState(NamedTuple):
 
     steps: jax.Array  # shape=(), int32
     moved: optax.Updates  # params - those of the first update, like params; float32 at least
+    size: jax.Array  # |y_0|, shape=(leaves + 1,), default float dtype
     distance: jax.Array  # d, shape=(leaves + 1,), default float dtype
     squares: jax.Array  # sum of |g|^2, shape=(leaves + 1,), default float dtype
     progress: jax.Array  # sum of <lr*g, -moved>, shape=(leaves + 1,), default float dtype
@@ -43,20 +45,22 @@ def nag_auto(
     r"""NAG without a learning rate to tune, for stochastic gradients.
 
     From the start :math:`y_0` it estimates how far to go and divides by the gradients seen so
-    far, for each leaf of params and for all of them together. With
-    :math:`a = \sum_{j<k} \langle \eta_j g_j, y_0 - y_j \rangle` and
-    :math:`b = |\sum_{j<k} \eta_j g_j|`, which the kernel's buffer gives without one of its own,
+    far, for each leaf of params and for all of them together. With the effective steps
+    :math:`s_j = \eta_j/(1 - \mu)`, :math:`a = \sum_{j<k} \langle s_j g_j, y_0 - y_j \rangle` and
+    :math:`b = |\sum_{j<k} s_j g_j|`, which the kernel's buffer gives without one of its own,
     and :math:`G_k = \sum_{j \le k} |g_j|^2`,
 
     .. math::
-        d_k = \min\bigl(\max(d_{k-1}, 8 a / b), (1 + 4 |g_k|^2 / G_k) d_{k-1}\bigr), \qquad
-        r_k = 10 (1 - \mu) \frac{d_k}{\sqrt{G_k}}, \qquad
-        \eta_k = \epsilon \sqrt{r_k^{\mathrm{leaf}} \, r_k^{\mathrm{all}}}
+        d_k = \min\Bigl(\max\Bigl(d_{k-1}, \frac{2 a}{b}, \frac{\min(b, |y_0|/2)}{5}\Bigr),
+        \Bigl(1 + \frac{3 |g_k|^2}{G_k}\Bigr) d_{k-1}\Bigr), \qquad
+        s_k = 10 \epsilon \sqrt{\frac{d_k^{\mathrm{leaf}}}{\sqrt{G_k^{\mathrm{leaf}}}}
+        \frac{d_k^{\mathrm{all}}}{\sqrt{G_k^{\mathrm{all}}}}}
 
     and :math:`d_0 = (1 + |y_0|)/100`. The step :math:`-\eta_k g_k` goes through
-    ``rules.nesterov``. Without noise a/b is half the way gone, so d and the steps grow as fast as
-    the momentum allows; noise moves y but makes no progress, so it lets nothing grow. (DoG takes
-    the distance itself for d, which grows with noise until it diverges.)
+    ``rules.nesterov``. On a straight way :math:`2a/b = b`, the way gone; noise moves y but makes no
+    progress, so it makes a no larger. A fifth of the way counts in any case, up to half of the
+    size that the parameters began with. (DoG takes the whole way for d, which grows with noise
+    until it diverges.)
 
     Args:
       learning_rate: a factor on the steps found, at least 0, or a schedule of it: leave it at 1,
@@ -100,8 +104,8 @@ def nag_auto(
       The estimate of the distance without noise: Mishchenko, Defazio, Prodigy: an expeditiously
       adaptive parameter-free learner, 2023, arXiv:2306.06101, algorithm 1. Distance over
       gradients, for all and for each layer: Ivgi, Hinder, Carmon, DoG is SGD's best friend, 2023,
-      arXiv:2302.12022, equations 1-2. That both are mixed, the momentum and the factors 8 and 10
-      are of this library, chosen on the tasks of benchmarks/auto.py.
+      arXiv:2302.12022, equations 1-2. That they are mixed, the momentum and the factors are of
+      this library, chosen on the tasks of benchmarks/auto.py and the MLP of benchmarks/speedup.
     """
     check_range("learning_rate", learning_rate, 0.0)
     check_momentum(momentum)
@@ -114,6 +118,7 @@ def nag_auto(
         return AutoState(
             steps=jnp.zeros([], jnp.int32),
             moved=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wider(p)), params),
+            size=vector(),
             distance=vector(),
             squares=vector(),
             progress=vector(),
@@ -135,19 +140,21 @@ def nag_auto(
             each = [product.astype(real) for product in inner_products(a, b, axis_name)]
             return jnp.stack([*each, sum(each, jnp.zeros([], real))])
 
-        first = state.steps == 0
         # Where params would come to rest without further steps: start + all steps/(1 - mu).
         ahead = lambda d, m: d + real_like(mu / (1 - mu), m) * wide(m)
         rest = jax.tree.map(ahead, state.moved, state.kernel.m)
-        reach = _ratio(_REACH * state.progress, (1 - mu) * jnp.sqrt(dots(rest, rest)))
+        way = jnp.sqrt(dots(rest, rest))
         energy = dots(g, g)
         squares = state.squares + energy
+        # A leaf counts from its first gradient on, so that frozen ones change nothing.
+        fresh = state.squares == 0
+        sizes = jnp.where(fresh & (energy > 0), jnp.sqrt(dots(params, params)), state.size)[:-1]
+        size = jnp.append(sizes, jnp.linalg.norm(sizes))
+        straight = _ratio(2 * state.progress, (1 - mu) * way)
+        reach = jnp.maximum(straight, _SHARE * jnp.minimum(way, _MOST * size))
         growth = 1 + _GROWTH * _ratio(energy, squares)
         grown = jnp.clip(reach, state.distance, growth * state.distance)
-        # Of all leaves only those that have a gradient count, so that frozen ones change nothing.
-        sizes = jnp.where(energy > 0, dots(params, params), 0)[:-1]
-        sizes = jnp.append(sizes, jnp.sum(sizes))
-        distance = jnp.where(first, _FIRST * (1 + jnp.sqrt(sizes)), grown)
+        distance = jnp.where(fresh, _FIRST * (1 + size), grown)
         rate = _PACE * (1 - mu) * _ratio(distance, jnp.sqrt(squares))
         rates = factor * jnp.sqrt(rate[:-1] * rate[-1])
         along = dots(g, state.moved)[:-1]
@@ -159,17 +166,18 @@ def nag_auto(
             lambda g, lr: (-real_like(lr, g) * wide(g)).astype(g.dtype), updates, each
         )
         gains = -rates * along
-        size = jnp.sum(rates**2 * energy[:-1])
+        length = jnp.sum(rates**2 * energy[:-1])
         updates, memory = kernel.update(steps, state.kernel)
         further = lambda u, d, p: (wide(d) + applied(u, p)).astype(d.dtype)
         moved = filled(map_gradients(further, updates, state.moved, params), state.moved)
         return updates, AutoState(
             steps=state.steps + 1,
             moved=moved,
+            size=size,
             distance=distance,
             squares=squares,
             progress=state.progress + jnp.append(gains, jnp.sum(gains)),
-            learning_rate=jnp.sqrt(_ratio(size, energy[-1])),
+            learning_rate=jnp.sqrt(_ratio(length, energy[-1])),
             kernel=memory,
         )
 

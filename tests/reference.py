@@ -474,19 +474,21 @@ def nag_auto(gradients, start, momentum, steps, power=8.0):
     # One row for each leaf, and a last one for all leaves as one vector.
     groups = [[i] for i in range(leaves)] + [list(range(leaves))]
     join = lambda trees, group: np.concatenate([np.ravel(trees[i]) for i in group])
-    distance = [0.01 * (1 + np.linalg.norm(join(y0, group))) for group in groups]
+    size = [np.linalg.norm(join(y0, group)) for group in groups]
+    distance = [0.01 * (1 + norm) for norm in size]
     squares, progress = np.zeros(leaves + 1), np.zeros(leaves + 1)
     total = [np.zeros_like(leaf) for leaf in y]
     rows, averages = [y], [average]
     for k in range(steps):
         g = gradients(k, y)
         for j, group in enumerate(groups):
-            gone = np.linalg.norm(join(total, group))
+            way = np.linalg.norm(join(total, group)) / (1 - momentum)
             energy = np.sum(join(g, group) ** 2)
             squares[j] += energy
-            if gone > 0:
-                reach = max(distance[j], 8 * progress[j] / gone)
-                distance[j] = min(reach, (1 + 4 * energy / squares[j]) * distance[j])
+            if way > 0:
+                straight = 2 * progress[j] / (1 - momentum) / way
+                reach = max(distance[j], straight, min(way, size[j] / 2) / 5)
+                distance[j] = min(reach, (1 + 3 * energy / squares[j]) * distance[j])
         rate = 10 * (1 - momentum) * np.array(distance) / np.sqrt(squares)
         lr = np.sqrt(rate[:-1] * rate[-1])
         for i in range(leaves):

@@ -87,12 +87,12 @@ def test_zero_gradients_move_nothing():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
-def test_noise_alone_lets_the_distance_grow_less_than_progress():
-    """Where gradients are noise DoG's distance grows with each step; this one stays."""
+def test_noise_alone_lets_the_distance_grow_to_a_tenth_of_the_params_at_most():
+    """Where gradients are noise DoG's distance grows with each step."""
     noise = jax.random.normal(jax.random.key(0), (2000, 100))
-    optimizer, params = nag_jax.nag_auto(evaluate="iterate"), jnp.ones(100)
+    optimizer = nag_jax.nag_auto()
 
-    def run(gradient):
+    def run(gradient, params):
         def step(carry, noise):
             params, state = carry
             updates, state = optimizer.update(gradient(params, noise), state, params)
@@ -100,12 +100,38 @@ def test_noise_alone_lets_the_distance_grow_less_than_progress():
 
         carry = params, optimizer.init(params)
         (end, state), _ = jax.lax.scan(step, carry, noise)
-        return jnp.linalg.norm(end - params), state.distance[-1]
+        error = jnp.linalg.norm(nag_jax.eval_params(end, state) - 10) / 10
+        return jnp.linalg.norm(end - params), optax.tree.get(state, "distance")[-1], error
 
-    moved, distance = run(lambda p, noise: noise)
-    assert moved > 10 * distance  # what DoG would have taken
-    assert distance < 0.6
-    assert run(lambda p, noise: p - 10.0 + noise)[1] > 10
+    for params, most in (jnp.ones(100), 1 + 1e-6), (jnp.zeros(100), 0.1):
+        moved, distance, _ = run(lambda p, noise: noise, params)
+        assert moved > 10 * distance  # what DoG would have taken
+        assert distance < most
+        _, distance, error = run(lambda p, noise: p - 10.0 + noise, params)
+        assert distance > 5
+        assert error < 0.1
+
+
+def test_a_leaf_counts_from_its_first_gradient_on():
+    """A first gradient of 0, as below a last layer of zeros, must not fix the steps for good."""
+    params = [jnp.full(10, 2.0), jnp.zeros(10)]
+    optimizer = nag_jax.nag_auto(evaluate="iterate")
+
+    @jax.jit
+    def step(params, state):
+        g = jax.grad(lambda p: jnp.sum((p[0] * p[1] - 1) ** 2))(params)
+        updates, state = optimizer.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    params, state = step(params, state)
+    np.testing.assert_allclose(state.size[0], 0)
+    params, state = step(params, state)
+    np.testing.assert_allclose(state.size[0], 2 * 10**0.5, rtol=1e-6)
+    np.testing.assert_allclose(state.distance[0], 0.01 * (1 + 2 * 10**0.5), rtol=1e-6)
+    for _ in range(300):
+        params, state = step(params, state)
+    np.testing.assert_allclose(params[0] * params[1], 1, rtol=1e-3)
 
 
 def test_average_is_that_of_params_also_after_rounding():
