@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import auto, convergence, recipes, step_time, stepsizes
+from benchmarks import auto, auto_factors, convergence, recipes, step_time, stepsizes
 from benchmarks.readme import PAGE, markdown, source, write_section
 from benchmarks.speedup import report
 
@@ -124,7 +124,8 @@ def transposed(results: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "convergence": convergence.table,
     "stepsizes": stepsizes.table,
-    "auto": lambda results: auto.table(results["rows"]),
+    "auto": auto.table,
+    "auto_factors": auto_factors.table,
     "step_time": steps,
     "precision": precision,
     "throughput": throughput,

@@ -1,4 +1,4 @@
-"""nag against optax.sgd(nesterov=True) and torch.optim.SGD(nesterov=True), step by step."""
+"""nag against SGD with Nesterov momentum of optax, PyTorch and Keras, step by step."""
 
 import functools
 import itertools
@@ -159,4 +159,50 @@ def test_equals_torch_sgd(rate, scheduled):
     ours = nag_jax.nag(RATES[rate], momentum, weight_decay=0.03)
     chex.assert_trees_all_close(
         trajectory(ours, "float64", "jit"), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+# What docs/migrating/keras.md says: the arguments of keras.optimizers.SGD, and what they are here.
+KERAS = {
+    "nesterov": (dict(nesterov=True), lambda lr: nag_jax.nag(lr, 0.9, convention="sutskever")),
+    "heavy ball": (
+        {},
+        lambda lr: optax.chain(optax.sgd(lr), nag_jax.accelerate(nag_jax.rules.heavy_ball(0.9))),
+    ),
+    "weight decay": (
+        dict(nesterov=True, weight_decay=0.03),
+        lambda lr: nag_jax.nag(
+            lr, 0.9, convention="sutskever", weight_decay=0.03, decay="decoupled"
+        ),
+    ),
+    "clipping": (
+        dict(nesterov=True, global_clipnorm=0.5),
+        lambda lr: optax.chain(
+            optax.clip_by_global_norm(0.5), nag_jax.nag(lr, 0.9, convention="sutskever")
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("case", KERAS)
+def test_equals_keras_sgd(case, rate, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    arguments, make = KERAS[case]
+    loss, params, batch = problem("float32")
+    gradient = jax.jit(jax.grad(loss))
+    variables = {k: keras.Variable(p, name=k) for k, p in params.items()}
+    theirs = keras.optimizers.SGD(0.1, momentum=0.9, **arguments)
+    theirs.build(list(variables.values()))
+    expected = []
+    for step in range(STEPS):
+        theirs.learning_rate = float(RATES[rate](step)) if callable(RATES[rate]) else RATES[rate]
+        g = gradient({k: v.value for k, v in variables.items()}, batch)
+        theirs.apply([g[k] for k in variables])
+        expected.append({k: np.asarray(v.value) for k, v in variables.items()})
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *expected)
+    ours = trajectory(make(RATES[rate]), "float32", "jit")
+    chex.assert_trees_all_close(
+        ours, expected, rtol=TOLERANCE["float32"], atol=TOLERANCE["float32"]
     )
