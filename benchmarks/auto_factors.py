@@ -1,6 +1,6 @@
 """How much the factors inside ``nag_auto`` matter: each changed by itself, on the tasks of auto.py.
 
-``python -m benchmarks.auto_factors`` takes ten minutes and writes results/auto_factors.json and the
+``python -m benchmarks.auto_factors`` takes twelve minutes on one core and writes results/auto_factors.json and the
 table in README.md; ``python -m benchmarks.tables`` only writes the table again.
 """
 
