@@ -232,7 +232,7 @@ def factors() -> list[str]:
         f"With pace 7 or share 0.15 the CNN loses {first:.2f} or {second:.2f} points; no other of "
         f"these changes costs more than {max(costs.values()):.2f} anywhere",
         f"No run fails: the worst of the MLP's has {worst:.2f}",
-        'the 3, "pace" the 10',
+        'the 4, "pace" the 10',
     ]
 
 

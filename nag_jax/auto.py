@@ -16,7 +16,7 @@ from nag_jax.kernel import accelerate
 
 _FIRST = 0.01  # the first distance, in units of 1 + the norm of the parameters
 _PACE = 10.0  # effective step in units of distance / norm of all gradients
-_GROWTH = 3.0  # the distance grows at most like this power of the sum of squared gradients
+_GROWTH = 4.0  # the distance grows at most like this power of the sum of squared gradients
 _SHARE = 0.2  # of the way gone, what counts even where noise has gone it
 _MOST = 0.5  # of the first norm of the parameters, the longest way that counts like that
 
@@ -52,7 +52,7 @@ def nag_auto(
 
     .. math::
         d_k = \min\Bigl(\max\Bigl(d_{k-1}, \frac{2 a}{b}, \frac{\min(b, |y_0|/2)}{5}\Bigr),
-        \Bigl(1 + \frac{3 |g_k|^2}{G_k}\Bigr) d_{k-1}\Bigr), \qquad
+        \Bigl(1 + \frac{4 |g_k|^2}{G_k}\Bigr) d_{k-1}\Bigr), \qquad
         s_k = 10 \epsilon \sqrt{\frac{d_k^{\mathrm{leaf}}}{\sqrt{G_k^{\mathrm{leaf}}}}
         \frac{d_k^{\mathrm{all}}}{\sqrt{G_k^{\mathrm{all}}}}}
 

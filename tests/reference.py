@@ -488,7 +488,7 @@ def nag_auto(gradients, start, momentum, steps, power=8.0):
             if way > 0:
                 straight = 2 * progress[j] / (1 - momentum) / way
                 reach = max(distance[j], straight, min(way, size[j] / 2) / 5)
-                distance[j] = min(reach, (1 + 3 * energy / squares[j]) * distance[j])
+                distance[j] = min(reach, (1 + 4 * energy / squares[j]) * distance[j])
         rate = 10 * (1 - momentum) * np.array(distance) / np.sqrt(squares)
         lr = np.sqrt(rate[:-1] * rate[-1])
         for i in range(leaves):
