@@ -1,10 +1,12 @@
 """Stochastic rounding: noise that is a function of seed, step, leaf and element, and its use."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nag_jax._checks import check_range
 
@@ -37,8 +39,15 @@ def uniform_bits(key: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array
     the whole step. Keys are hashed once a step, not for each leaf, which would take long to
     compile for thousands of leaves.
     """
-    start = key[0] + jnp.uint32(leaf * 0x9E3779B9 % 2**32)
-    between = key[1] ^ jnp.uint32(leaf * 0x85EBCA6B % 2**32)
+    # An array, as XLA keeps that out of the loop: loops of leaves of one shape are then the same
+    # program, and compiled once.
+    own = np.array([leaf * 0x9E3779B9 % 2**32, leaf * 0x85EBCA6B % 2**32], np.uint32)
+    return _bits(key, own, shape)
+
+
+@functools.partial(jax.jit, static_argnums=2)  # traced once for leaves of one shape
+def _bits(key: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
+    start, between = (key + own)[0], (key ^ own)[1]
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
@@ -58,6 +67,7 @@ def _hash(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+@jax.jit
 def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     """``x``, float32, moved to one of the two bfloat16 around it, so that the mean is ``x``.
 
