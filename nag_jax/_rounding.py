@@ -48,11 +48,12 @@ def uniform_bits(key: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array
 @functools.partial(jax.jit, static_argnums=2)  # traced once for leaves of one shape
 def _bits(key: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
     start, between = (key + own)[0], (key ^ own)[1]
-    index = jnp.zeros(shape, jnp.uint32)
+    index = jnp.broadcast_to(start, shape)
     for axis in range(len(shape)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
         stride = math.prod(shape[axis + 1 :]) % 2**32
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-    return _multiply(index + start, between) >> 16
+        index += along if stride == 1 else along * jnp.uint32(stride)
+    return _multiply(index, between) >> 16
 
 
 def _multiply(x: jax.Array, between: Any) -> jax.Array:
