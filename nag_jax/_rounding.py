@@ -72,8 +72,10 @@ def _hash(x: jax.Array) -> jax.Array:
 def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     """``x``, float32, moved to one of the two bfloat16 around it, so that the mean is ``x``.
 
-    The result is float32: its conversion to bfloat16 is exact.
+    The result is float32: its conversion to bfloat16 is exact. A NaN must be one that arithmetic
+    gives, with the first bit of its fraction set.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    moved = jax.lax.bitcast_convert_type((raw + bits) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), moved, x)
+    moved = jnp.where(jnp.isfinite(x), raw + bits, raw)
+    # The mask comes last: so the compiler sees that nothing is left to round in a conversion.
+    return jax.lax.bitcast_convert_type(moved & jnp.uint32(0xFFFF0000), jnp.float32)
