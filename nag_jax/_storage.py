@@ -13,14 +13,14 @@ from nag_jax._checks import is_floating
 
 
 class Storage(NamedTuple):
-    """``init(params) -> (m, memory)``, ``store(new, m, memory) -> (m, memory)``, over whole trees.
+    """``init(params) -> (m, memory)``, ``store(x, m, memory) -> (m, memory)``, over whole trees.
 
-    ``new(sign)`` is the new buffer times 1 or -1, in float32 at least, and None where the old one
-    stays. What :func:`read` gives back of the result is the buffer that the update is made from.
+    ``x`` holds the new buffer in float32 at least, and None where the old one stays. What
+    :func:`read` gives back of the result is the buffer that the update is made from.
     """
 
     init: Callable[[Any], tuple[Any, Any]]
-    store: Callable[[Callable[[int], Any], Any, Any], tuple[Any, Any]]
+    store: Callable[[Any, Any, Any], tuple[Any, Any]]
     unbiased: bool = True  # False: rounded to nearest
 
 
@@ -43,8 +43,8 @@ def choose(accumulator_dtype: Any) -> Storage:
             'static_args=("accumulator_dtype",)'
         )
 
-    def store(new: Callable[[int], Any], m: Any, memory: Any) -> tuple[Any, Any]:
-        return filled(map_gradients(lambda x, m: x.astype(m.dtype), new(1), m), m), memory
+    def store(x: Any, m: Any, memory: Any) -> tuple[Any, Any]:
+        return filled(map_gradients(lambda x, m: x.astype(m.dtype), x, m), m), memory
 
     return Storage(lambda params: (zeros(params, accumulator_dtype), ()), store, unbiased=False)
 

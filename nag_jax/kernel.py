@@ -119,11 +119,7 @@ def accelerate(
             c = c._replace(beta=jnp.where(fire, 0, c.beta), kappa=jnp.where(fire, 0, c.kappa))
             fresh = rule.init() if rule.restart is None else rule.restart(carry)
             carry = jax.tree.map(lambda a, b: jnp.where(fire, a, b), fresh, carry)
-
-        def new(sign: int) -> Any:
-            beta, kappa = sign * c.beta, sign * c.kappa
-            return map_gradients(lambda u, m: _mix(beta, m, kappa, u), updates, old)
-
+        new = map_gradients(lambda u, m: _mix(c.beta, m, c.kappa, u), updates, old)
         m, memory = storage.store(new, state.m, state.storage)
         # From the stored buffer, so that x_eval = params + readout*m holds for rounded ones too.
         updates = map_gradients(
@@ -233,7 +229,7 @@ def _mix(a: Scalar, x: jax.Array, b: Scalar, y: jax.Array) -> jax.Array:
     real = jnp.finfo(dtype).dtype
     a, b = (float(c) if isinstance(c, int | float) else jnp.asarray(c, real) for c in (a, b))
     constant = isinstance(a, float) and isinstance(b, float)
-    if constant and a == b != 1.0 and abs(math.frexp(a)[0]) == 0.5:
+    if constant and a == b != 1.0 and math.frexp(a)[0] == 0.5:
         # XLA would write a*(x + y) for a power of 2, recompute it from the old buffer where params
         # are updated, and so copy the donated buffer first (seen with jax 0.12 on CPU).
         b = jax.lax.optimization_barrier(jnp.asarray(b, real))

@@ -5,7 +5,6 @@ tends to its limit in small steps never gets there. Stochastic rounding moves to
 neighbours with probabilities that make the mean exact: what one step loses another one gains.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,14 +69,14 @@ def stochastic_bfloat16(seed: int = 0) -> Storage:
     def init(params: Any) -> tuple[Any, NoiseState]:
         return zeros(params, jnp.bfloat16), NoiseState(start_key(seed))
 
-    def store(new: Callable[[int], Any], m: Any, memory: Any) -> tuple[Any, NoiseState]:
+    def store(x: Any, m: Any, memory: Any) -> tuple[Any, NoiseState]:
         def rounded(leaf: int, x: jax.Array, m: jax.Array) -> jax.Array:
             if m.dtype != jnp.bfloat16:
                 return x.astype(m.dtype)
             bits = uniform_bits(memory.key, leaf, x.shape)
             return to_bfloat16(x.astype(jnp.float32), bits).astype(m.dtype)
 
-        return filled(map_numbered(rounded, new(1), m), m), NoiseState(next_key(memory.key))
+        return filled(map_numbered(rounded, x, m), m), NoiseState(next_key(memory.key))
 
     return Storage(init, store)
 
@@ -136,16 +135,14 @@ def int8_blocks(
         m = zeros(params, jnp.int8, min_size)
         return m, BlockState(start_key(seed), jax.tree.map(scale, m))
 
-    def store(new: Callable[[int], Any], m: Any, memory: Any) -> tuple[Any, BlockState]:
+    def store(x: Any, m: Any, memory: Any) -> tuple[Any, BlockState]:
         def encoded(leaf: int, x: jax.Array, m: jax.Array, scales: jax.Array) -> jax.Array:
             if m.dtype != jnp.int8:
                 return x.astype(m.dtype)
             return encode(x, scales, uniform_bits(memory.key, leaf, x.shape))
 
-        # Of opposite sign, which the scales do not see: XLA on CPU would write out in float32 what
-        # is needed in two loops, and computes again what looks like something else.
-        scales = filled(map_gradients(rescale, new(-1), memory.scales), memory.scales)
-        m = filled(map_numbered(encoded, new(1), m, scales), m)
+        scales = filled(map_gradients(rescale, x, memory.scales), memory.scales)
+        m = filled(map_numbered(encoded, x, m, scales), m)
         return m, BlockState(next_key(memory.key), scales)
 
     return Storage(init, store)
