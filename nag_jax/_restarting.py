@@ -91,8 +91,8 @@ def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
 def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
     """The same for each leaf by itself."""
     alone = axis_name is None and _on_one_cpu(a, b)
-    total = lambda x: functools.reduce(jnp.add, _sum_few([x])) if alone else jnp.sum(x)
-    terms = [total(product) for product in _products(a, b)]
+    in_slices = lambda x: functools.reduce(jnp.add, _sum_slices(x.reshape(-1)))
+    terms = [in_slices(x) if alone and x.size >= _LARGE else jnp.sum(x) for x in _products(a, b)]
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [varying_axes(x) & set(axes) for x in terms]
