@@ -63,6 +63,7 @@ RULES = {
     "qhm": lambda: accelerated(rules.qhm()),
     "gpa": lambda: accelerated(rules.gpa()),
 }
+COMPILED = BASE, "nag", "nag, stochastic_bfloat16", "nag, int8_blocks", "fista with restart"
 
 
 class Program:
@@ -219,10 +220,10 @@ def table(result: dict[str, Any]) -> str:
             else:
                 cells.append(f"{row['ratio']:.2f}")
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
-    for label, key in (("optax", BASE), ("nag", "nag")):
+    for key in COMPILED:
         cells = [f"{s['rows'][key]['trace_s']:.2f} + {s['rows'][key]['compile_s']:.2f} s"
                  for s in shapes.values()]  # fmt: skip
-        lines.append(f"| trace + compile, {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| trace + compile, {key} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

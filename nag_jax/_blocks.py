@@ -45,19 +45,24 @@ def zero_scales(m: jax.Array, block: tuple[int, ...]) -> jax.Array:
     return _largest(m, tuple(n // b for n, b in zip(m.shape, block, strict=True)))
 
 
+@jax.jit  # as those below: traced once for leaves of one shape
 def rescale(x: jax.Array, scales: jax.Array) -> jax.Array:
     """The scales that ``x`` needs; those of a leaf that is not int8 as they are."""
     return _largest(x, scales.shape) / 127 if scales.dtype == jnp.float32 else scales
 
 
+@jax.jit
 def encode(x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
     """``x`` in units of its scales, stochastically rounded to int8 by 16 random ``bits``."""
     inverse = jnp.where(scales > _TINY, 1 / scales, 0)
     noise = (bits.astype(jnp.float32) + 0.5) / 2**16
     q = jnp.floor(x.astype(jnp.float32) * _spread(inverse, x.shape) + noise)
-    return jnp.clip(q, -127, 127).astype(jnp.int8)
+    # NaN is in the scale. Without a choice here XLA on CPU would do all this again where the
+    # update reads what was stored, and for that copy the old buffer first.
+    return jnp.where(jnp.isnan(x), jnp.int8(0), jnp.clip(q, -127, 127).astype(jnp.int8))
 
 
+@jax.jit
 def decode(m: jax.Array, scales: jax.Array) -> jax.Array:
     """The float32 numbers that ``encode`` stored; ``m`` itself where it is not int8."""
     if m.dtype != jnp.int8:

@@ -32,6 +32,12 @@ class RestartState(NamedTuple):
 
 Condition = Callable[[Seen], tuple[Any, Any]]
 
+# Of the sums on one CPU; in elements.
+_SLICES = 15  # XLA would write out an array that more slices are taken of
+_TOGETHER = 16  # arrays in one loop
+_SMALL = 2**12  # from here on the only array of its size is cut into slices
+_LARGE = 2**18  # from here on each is: bytes take the time then, not the number of loops
+
 
 def start() -> RestartState:
     """The state before the first step."""
@@ -74,7 +80,8 @@ def check_rule(c: Coefficients) -> None:
 
 def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     """Real part of <a, b> over all leaves, and over the devices of ``axis_name``, in float32."""
-    each = inner_products(a, b, axis_name)
+    alone = axis_name is None and _on_one_cpu(a, b)
+    each = _sum_few(_products(a, b)) if alone else inner_products(a, b, axis_name)
     total = sum(each, jnp.zeros([], float))
     # XLA on CPU would repeat this sum in the loops of each leaf, and take minutes to compile
     # hundreds of them. A sort, here of two equal numbers, is what it never fuses.
@@ -83,8 +90,9 @@ def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
 
 def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
     """The same for each leaf by itself."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    terms = [_total((jnp.conj(wide(x)) * wide(y)).real) for x, y in pairs]
+    alone = axis_name is None and _on_one_cpu(a, b)
+    in_slices = lambda x: functools.reduce(jnp.add, _sum_slices(x.reshape(-1)))
+    terms = [in_slices(x) if alone and x.size >= _LARGE else jnp.sum(x) for x in _products(a, b)]
     axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [varying_axes(x) & set(axes) for x in terms]
@@ -97,18 +105,50 @@ def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
     return terms
 
 
-def _total(x: jax.Array) -> jax.Array:
-    """The sum of all elements."""
-    if not _on_cpu() or x.ndim < 2 or x.size < 2**16 or x.shape[-1] % 8:
-        return jnp.sum(x)
-    # XLA on CPU hands a plain sum to a library, and for that first writes out what is summed. An
-    # addition that it does not know for one, over the sum of eight slices, takes half the time.
-    # (Not jnp.where: the function that it calls, inside a reduction in a loop, crashed jaxlib.)
-    add = lambda a, b: jax.lax.select(jax.lax.ne(a, a), a, a + b)
-    folded = functools.reduce(jnp.add, jnp.split(x, 8, -1))
-    rows = jax.lax.reduce(folded, jnp.zeros([], x.dtype), add, (x.ndim - 1,))
-    return jnp.sum(rows)
+def _products(a: Any, b: Any) -> list[jax.Array]:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return [(jnp.conj(wide(x)) * wide(y)).real for x, y in pairs]
 
 
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
+
+
+def _on_one_cpu(*trees: Any) -> bool:
+    """Whether leaves may be reshaped and added to each other without moving their shards."""
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(trees)]
+    return _on_cpu() and jax.device_count() == 1 and not any(any(s.spec) for s in shardings)
+
+
+def _sum_few(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Sums that add up to the sum of all elements, on one CPU in little more than one pass."""
+    alike: dict[Any, list[jax.Array]] = {}
+    for x in arrays:
+        alike.setdefault((x.size, x.dtype), []).append(x.reshape(-1))
+    sums = []
+    for group in alike.values():
+        if group[0].size >= (_LARGE if len(group) > 1 else _SMALL):
+            sums += [term for x in group for term in _sum_slices(x)]
+        else:
+            batches = -(-len(group) // _TOGETHER)
+            sums += [_sum_together(group[i::batches]) for i in range(batches)]
+    return sums
+
+
+def _sum_slices(x: jax.Array) -> list[jax.Array]:
+    size = x.size // _SLICES
+    slices = [x[i * size : (i + 1) * size] for i in range(_SLICES)]
+    rest = [jnp.sum(x[_SLICES * size :])] if x.size % _SLICES else []
+    return [_sum_together(slices), *rest]
+
+
+def _sum_together(arrays: list[jax.Array]) -> jax.Array:
+    """The sum of all elements of arrays of one length."""
+    *others, last = arrays
+    if not others:
+        return jnp.sum(last)
+    first = functools.reduce(jnp.add, others)
+    # XLA on CPU hands a plain sum to a library, with all that is added for it, and first writes
+    # out what is needed elsewhere too, such as the step u. This select, of what an addition would
+    # give anyway, is not the library's: up to it, all is one loop that writes out little.
+    return jnp.sum(jax.lax.select(first != first, first, first + last))

@@ -1,10 +1,12 @@
 """Stochastic rounding: noise that is a function of seed, step, leaf and element, and its use."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nag_jax._checks import check_range
 
@@ -37,13 +39,21 @@ def uniform_bits(key: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array
     the whole step. Keys are hashed once a step, not for each leaf, which would take long to
     compile for thousands of leaves.
     """
-    start = key[0] + jnp.uint32(leaf * 0x9E3779B9 % 2**32)
-    between = key[1] ^ jnp.uint32(leaf * 0x85EBCA6B % 2**32)
-    index = jnp.zeros(shape, jnp.uint32)
+    # An array, as XLA keeps that out of the loop: loops of leaves of one shape are then the same
+    # program, and compiled once.
+    own = np.array([leaf * 0x9E3779B9 % 2**32, leaf * 0x85EBCA6B % 2**32], np.uint32)
+    return _bits(key, own, shape)
+
+
+@functools.partial(jax.jit, static_argnums=2)  # traced once for leaves of one shape
+def _bits(key: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
+    start, between = (key + own)[0], (key ^ own)[1]
+    index = jnp.broadcast_to(start, shape)
     for axis in range(len(shape)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
         stride = math.prod(shape[axis + 1 :]) % 2**32
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-    return _multiply(index + start, between) >> 16
+        index += along if stride == 1 else along * jnp.uint32(stride)
+    return _multiply(index, between) >> 16
 
 
 def _multiply(x: jax.Array, between: Any) -> jax.Array:
@@ -58,11 +68,14 @@ def _hash(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+@jax.jit
 def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     """``x``, float32, moved to one of the two bfloat16 around it, so that the mean is ``x``.
 
-    The result is float32: its conversion to bfloat16 is exact.
+    The result is float32: its conversion to bfloat16 is exact. A NaN must be one that arithmetic
+    gives, with the first bit of its fraction set.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    moved = jax.lax.bitcast_convert_type((raw + bits) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), moved, x)
+    moved = jnp.where(jnp.isfinite(x), raw + bits, raw)
+    # The mask comes last: so the compiler sees that nothing is left to round in a conversion.
+    return jax.lax.bitcast_convert_type(moved & jnp.uint32(0xFFFF0000), jnp.float32)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 import warnings
 
 import chex
@@ -179,6 +180,37 @@ def test_sharded_state_keeps_its_shards_and_its_numbers(make, axes):
     eager = nag_jax.nag(0.1, accumulator_dtype=make()).init(jax.device_put(params, shard(axes)))
     for x in jax.tree.leaves(eager):
         assert x.ndim < 2 or x.sharding.is_equivalent_to(shard(axes), 2)
+
+
+def donated_step(make, leaves):
+    params = [jnp.ones((64, 128)) for _ in range(leaves)]
+    optimizer = nag_jax.nag(0.1, 0.9, accumulator_dtype=make())
+
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params)
+    return programs.compiled(lowered)
+
+
+@every_storage
+def test_leaves_of_one_shape_are_one_loop(make):
+    """Nothing in it tells them apart, so that XLA compiles it once for thousands of them."""
+    few, many = (donated_step(make, leaves).as_text() for leaves in (3, 6))
+    scalars = lambda text: set(re.findall(r" = (\w+\[1?\]\S* constant\(.*?\))", text))
+    assert scalars(few) == scalars(many)
+    assert "u32[" in str(scalars(few))
+
+
+@every_storage
+def test_the_stored_buffer_is_read_and_not_made_again(make):
+    """Else the update would need the old buffer after it was overwritten: a copy of it."""
+    if jax.__version_info__ < (0, 8) and make is not INT8:
+        pytest.skip("the XLA of jax 0.7 makes bfloat16 again")
+    program = donated_step(make, 2)
+    assert not re.findall(r"(?:s8|bf16)\[64,128\]\S* copy\(", program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 64 * 128 / 8
 
 
 @every_storage

@@ -1,11 +1,14 @@
 """Restart conditions: that they fire when their definition says, that it helps, and everywhere."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nag_jax
 from nag_jax import _restarting, restart, rules
@@ -215,6 +218,56 @@ def test_the_inner_product_counts_once_what_all_devices_hold():
         product, mesh=mesh, in_specs=(SPECS,), out_specs=PartitionSpec(), check_vma=False
     )
     assert jax.jit(unchecked)(ones) == 16 + 8 * 14
+
+
+def test_a_leaf_in_columns_moves_a_number_only():
+    """However a leaf is sharded under jit, its part of the inner product is summed in place."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    columns = NamedSharding(mesh, PartitionSpec(None, "data"))
+    x = jax.device_put(jnp.ones((512, 1024)), columns)
+    product = jax.jit(lambda tree: _restarting.inner_product(tree, tree, None))
+    assert product([x, x]) == 2**20
+    text = programs.compiled(product.lower([x, x])).as_text()
+    assert all(sum(sizes) <= 2 for sizes in programs.collectives(text).values())
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+    """As in a process with one CPU device, of which these have eight."""
+    monkeypatch.setattr(_restarting, "_on_one_cpu", lambda *trees: True)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_one_cpu_counts_each_element_once():
+    """Cut into slices with a rest, added to others of its size, or by itself."""
+    shapes = [*2 * [(700, 521)], (64, 70), (3, 3), (1,), (), *35 * [(17, 5)], *2 * [(4, 4)]]
+    rng = np.random.default_rng(5)
+    a, b = ([rng.lognormal(0, 2, shape) for shape in shapes] for _ in range(2))
+    a[-1] = a[-1] + 1j * b[-1]
+    expected = sum(np.sum((np.conj(x) * y).real) for x, y in zip(a, b, strict=True))
+    a, b = jax.tree.map(jnp.asarray, (a, b))
+    product = jax.jit(lambda a, b: _restarting.inner_product(a, b, None))
+    np.testing.assert_allclose(product(a, b), expected, rtol=1e-6)
+    for i in (1, 2, 5, 20, 41):
+        bad = [x.at[(-1,) * x.ndim].set(jnp.nan) if i == j else x for j, x in enumerate(a)]
+        assert jnp.isnan(product(bad, b))
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_one_cpu_writes_out_little():
+    """Neither products nor the step of which they are made, and no copy of a donated buffer."""
+    params = [jnp.ones((1024, 1024)), *(jnp.ones((64, 64)) for _ in range(64))]
+    tx = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.fista(), restart=restart.gradient))
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
+    program = programs.compiled(lowered)
+    size = sum(p.nbytes for p in params)
+    assert program.memory_analysis().temp_size_in_bytes < size / 10
+    assert not re.findall(r"f32\[(?:1024,1024|64,64)\]\S* copy\(", program.as_text())
 
 
 @pytest.mark.usefixtures("x64")
