@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nag_jax import rules
@@ -161,7 +162,7 @@ def nag_auto(
         # Orders the sums before the first change of a buffer: else XLA copies what is donated.
         rates = jnp.where(jnp.isnan(along), along, rates)
 
-        each = jax.tree.unflatten(jax.tree.structure(params), list(rates))
+        each = jax.tree.unflatten(jax.tree.structure(params), _elements(rates, state.steps))
         steps = map_gradients(
             lambda g, lr: (-real_like(lr, g) * wide(g)).astype(g.dtype), updates, each
         )
@@ -183,6 +184,14 @@ def nag_auto(
 
     optimizer = optax.GradientTransformationExtraArgs(init, update)
     return averaged(optimizer) if evaluate == "average" else optimizer
+
+
+def _elements(vector: jax.Array, steps: jax.Array) -> list[jax.Array]:
+    """As scalars. XLA does not know the indices before it runs, nor that steps are no less than 0:
+    so the loops of leaves of one shape are the same program, and compiled once."""
+    zero = jnp.minimum(steps, 0)
+    indices = [(np.array([i, 0], np.int32) + zero)[0] for i in range(len(vector))]
+    return [jax.lax.dynamic_index_in_dim(vector, i, keepdims=False) for i in indices]
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,12 +1,14 @@
 """nag_auto and averaged: their NumPy references, scale, noise, sharding and checkpoints."""
 
 import functools
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -255,3 +257,20 @@ def test_hyperparameters_are_read_and_set_without_retracing(factory):
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_leaves_of_one_shape_are_one_loop():
+    """No number in it says which rate is its own, so that XLA compiles it once for thousands."""
+
+    def slices(leaves):
+        params = [jnp.ones((64, 128)) for _ in range(leaves)]
+        optimizer = nag_jax.nag_auto()
+
+        def step(params, state, gradients):
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        lowered = jax.jit(step).lower(params, optimizer.init(params), params)
+        return re.findall(r"f32\[1\]\S* slice\(", programs.compiled(lowered).as_text())
+
+    assert len(slices(3)) == len(slices(6))
