@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import auto, candidates, stepsizes
-from benchmarks.readme import PAGE, if_true, joined
+from benchmarks import auto, candidates, step_time, stepsizes
+from benchmarks.readme import PAGE, if_true, joined, span
 from benchmarks.speedup import cells, claims, lattice, optimizers, quadratics, report
 
 RESULTS = Path(__file__).parent / "results"
@@ -218,6 +218,34 @@ def tuning() -> list[str]:
     ]
 
 
+def steps() -> list[str]:
+    shapes = {name: shape["rows"] for name, shape in read("step_time")["shapes"].items()}
+    ratios = lambda key: {n: rows[key]["ratio"] for n, rows in shapes.items() if key in rows}
+    sutskever, restart = ratios("nag, sutskever"), ratios("fista with restart")
+    over = {name: ratio for name, ratio in sutskever.items() if ratio > 1.025}
+    quartiles = [q for name in over for q in shapes[name]["nag, sutskever"]["ratio_quartiles"]]
+    wait = lambda row: row["trace_s"] + row["compile_s"]
+    longer = lambda key: [
+        wait(rows[key]) / wait(rows[step_time.BASE])
+        for name, rows in shapes.items()
+        if name != "one leaf of 20 M"
+    ]
+    rounding, int8 = "nag, stochastic_bfloat16", "nag, int8_blocks"
+    constant = [max(ratios(key).values()) for key in ("nag", "heavy_ball", "tmm", "qhm", "gpa")]
+    fused = ratios("torch fused")
+    return [
+        if_true(max(constant) < 1.005, "cost no more than optax's in any shape"),
+        f"which was to stay below 1.02, came out at {joined(over.values(), 2)} in two of them, "
+        f"with quartiles from {min(quartiles):.2f} to {max(quartiles):.2f}",
+        if_true(max(restart.values()) <= 1.4, "A restart costs at most 1.4 times optax's"),
+        f"to bfloat16 costs up to {100 * max(ratios(rounding).values()) - 100:.0f} %",
+        f"takes {span(longer(rounding), 0)} times as long as optax to trace and compile",
+        f"int8 takes {span(ratios(int8).values())} times as long, most for blocks of odd length as "
+        f"in the one leaf of 20 M, and up to {max(longer(int8)):.0f} times to compile",
+        if_true(max(fused.values()) < 1, "PyTorch's fused step is faster in every shape"),
+    ]
+
+
 def factors() -> list[str]:
     first, *others = read("auto_factors")["rows"]
     costs = [
@@ -320,6 +348,7 @@ SECTIONS = [
     Section(PAGE, "## Convergence", convergence),
     Section(PAGE, "## Step sizes that tune themselves", step_sizes),
     Section(PAGE, "## Nothing to tune", lambda: tuning() + factors()),
+    Section(PAGE, "## Step time", steps),
     Section(PAGE, "## Lean momentum", list),
     Section(PAGE, "## Throughput beside PyTorch", throughput),
     Section(PAGE, "## Data larger than memory", list),
