@@ -7,6 +7,11 @@ import jax
 import jax.numpy as jnp
 
 
+def dtype_of(p: Any) -> Any:
+    """Of an array, an abstract one or a Python number."""
+    return p.dtype if hasattr(p, "dtype") else jnp.result_type(p)
+
+
 def wide(x: Any) -> jax.Array:
     """``x`` in float32 at least; complex64 at least where it is complex."""
     x = jnp.asarray(x)
@@ -15,13 +20,13 @@ def wide(x: Any) -> jax.Array:
 
 def wide_zeros(params: Any) -> Any:
     """Zeros like ``params``, in float32 at least."""
-    wider = lambda p: jnp.promote_types(p.dtype, jnp.float32)
+    wider = lambda p: jnp.promote_types(dtype_of(p), jnp.float32)
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wider(p)), params)
 
 
 def real_like(scalar: Any, like: jax.Array) -> jax.Array:
     """``scalar`` in the real dtype of ``like``, float32 at least."""
-    return jnp.asarray(scalar, jnp.finfo(jnp.promote_types(like.dtype, jnp.float32)).dtype)
+    return jnp.asarray(scalar, jnp.finfo(jnp.promote_types(dtype_of(like), jnp.float32)).dtype)
 
 
 def varying_axes(x: Any) -> frozenset[Any]:
@@ -59,7 +64,7 @@ def proximal_step(prox: Callable[[Any, Any], Any], g: Any, params: Any, lr: Any)
 
 def applied(u: jax.Array, p: jax.Array) -> jax.Array:
     """By how much ``optax.apply_updates`` moves ``p``, in float32 at least."""
-    if p.dtype.itemsize >= 4:
+    if dtype_of(p).itemsize >= 4:
         return wide(u)
-    kind = jnp.finfo(p.dtype)  # XLA would leave out a cast there and back
+    kind = jnp.finfo(dtype_of(p))  # XLA would leave out a cast there and back
     return jax.lax.reduce_precision(wide(p) + wide(u), kind.nexp, kind.nmant) - wide(p)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nag_jax._arithmetic import filled, map_gradients
+from nag_jax._arithmetic import dtype_of, filled, map_gradients
 from nag_jax._blocks import BlockState, decode
 from nag_jax._checks import is_floating
 
@@ -57,7 +57,7 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
     """
 
     def zero(path: Any, p: Any) -> jax.Array:
-        own = p.dtype if hasattr(p, "dtype") else jnp.result_type(p)
+        own = dtype_of(p)
         if not jnp.issubdtype(own, jnp.inexact):
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {own}, but momentum "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax import _restarting
-from nag_jax._arithmetic import filled, map_gradients, real_like, wide
+from nag_jax._arithmetic import filled, map_gradients, real_like, wide, wide_zeros
 from nag_jax._checks import check_range
 from nag_jax._rule import Coefficients, Rule, first_step
 from nag_jax._step_size import guess, within
@@ -97,11 +97,8 @@ def adanag(
 
     def init(params: optax.Params) -> AdaNAGState:
         scalar = lambda: jnp.zeros([], float)
-        gradient = jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
-        )
         start: Any = kernel.init(params)
-        return AdaNAGState(start, gradient, scalar(), scalar(), scalar())
+        return AdaNAGState(start, wide_zeros(params), scalar(), scalar(), scalar())
 
     def update(
         updates: optax.Updates,

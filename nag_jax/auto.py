@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from nag_jax import rules
-from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide
+from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide, wide_zeros
 from nag_jax._checks import check_choice, check_range, given_params
 from nag_jax._restarting import inner_products
 from nag_jax._rule import at_step, check_momentum
@@ -57,7 +57,8 @@ def nag_auto(
         s_k = 10 \epsilon \sqrt{\frac{d_k^{\mathrm{leaf}}}{\sqrt{G_k^{\mathrm{leaf}}}}
         \frac{d_k^{\mathrm{all}}}{\sqrt{G_k^{\mathrm{all}}}}}
 
-    and :math:`d_0 = (1 + |y_0|)/100`. The step :math:`-\eta_k g_k` goes through
+    with :math:`\epsilon` the ``learning_rate`` and :math:`d_0 = (1 + |y_0|)/100`; a leaf counts
+    from its first gradient on that is not 0. The step :math:`-\eta_k g_k` goes through
     ``rules.nesterov``. On a straight way :math:`2a/b = b`, the way gone; noise moves y but makes no
     progress, so it makes a no larger. A fifth of the way counts in any case, up to half of the
     size that the parameters began with. (DoG takes the whole way for d, which grows with noise
@@ -80,6 +81,10 @@ def nag_auto(
 
     Raises:
       ValueError: for numbers out of range; from update, without params.
+
+    G forgets no gradient: after one a thousand times too large all steps are as much smaller, so
+    clip where such come (``optax.clip_by_global_norm`` before it). One whose square overflows, in
+    float32 from a norm of 1.8e19 on, is left out.
 
     Weight decay in the gradient: ``optax.chain(optax.add_decayed_weights(5e-4), nag_auto())``. Its
     accuracy beside tuned optimizers is in benchmarks/README.md.
@@ -114,11 +119,10 @@ def nag_auto(
     kernel = accelerate(rules.nesterov(momentum), accumulator_dtype=accumulator_dtype)
 
     def init(params: optax.Params) -> AutoState:
-        wider = lambda p: jnp.promote_types(p.dtype, jnp.float32)
         vector = lambda: jnp.zeros(len(jax.tree.leaves(params)) + 1, float)
         return AutoState(
             steps=jnp.zeros([], jnp.int32),
-            moved=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wider(p)), params),
+            moved=wide_zeros(params),
             size=vector(),
             distance=vector(),
             squares=vector(),
@@ -146,7 +150,10 @@ def nag_auto(
         rest = jax.tree.map(ahead, state.moved, state.kernel.m)
         way = jnp.sqrt(dots(rest, rest))
         energy = dots(g, g)
-        squares = state.squares + energy
+        # A finite gradient with an infinite square must not end in the state; NaN stays NaN.
+        overflow = jnp.isinf(energy[-1])
+        energy = jnp.where(overflow, 0, energy)
+        squares = jnp.minimum(state.squares + energy, jnp.finfo(real).max)
         # A leaf counts from its first gradient on, so that frozen ones change nothing.
         fresh = state.squares == 0
         sizes = jnp.where(fresh & (energy > 0), jnp.sqrt(dots(params, params)), state.size)[:-1]
@@ -157,7 +164,7 @@ def nag_auto(
         grown = jnp.clip(reach, state.distance, growth * state.distance)
         distance = jnp.where(fresh, _FIRST * (1 + size), grown)
         rate = _PACE * (1 - mu) * _ratio(distance, jnp.sqrt(squares))
-        rates = factor * jnp.sqrt(rate[:-1] * rate[-1])
+        rates = jnp.where(overflow, 0, factor * jnp.sqrt(rate[:-1] * rate[-1]))
         along = dots(g, state.moved)[:-1]
         # Orders the sums before the first change of a buffer: else XLA copies what is donated.
         rates = jnp.where(jnp.isnan(along), along, rates)
@@ -166,7 +173,7 @@ def nag_auto(
         steps = map_gradients(
             lambda g, lr: (-real_like(lr, g) * wide(g)).astype(g.dtype), updates, each
         )
-        gains = -rates * along
+        gains = jnp.where(overflow, 0, -rates * along)
         length = jnp.sum(rates**2 * energy[:-1])
         updates, memory = kernel.update(steps, state.kernel)
         further = lambda u, d, p: (wide(d) + applied(u, p)).astype(d.dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import filled, map_gradients, varying_axes, wide
+from nag_jax._arithmetic import dtype_of, filled, map_gradients, varying_axes, wide
 from nag_jax._checks import check_count, check_dtype, check_optimizer, given_params
 from nag_jax.kernel import OuterState
 
@@ -116,7 +116,7 @@ def outer(
         def meet(updates: Any, slow: Any, outer_state: Any) -> Any:
             gradient = map_gradients(
                 # From where the round began: the slow copy as params hold it.
-                lambda u, p, s: wide(s.astype(p.dtype)) - (wide(p) + wide(u)),
+                lambda u, p, s: wide(s.astype(dtype_of(p))) - (wide(p) + wide(u)),
                 updates,
                 params,
                 slow,
@@ -127,7 +127,7 @@ def outer(
             moved = map_gradients(lambda move, s: _like(wide(s) + move, s), moves, slow)
             new_slow = filled(moved, slow)
             updates = map_gradients(
-                lambda u, p, s: _like(wide(s.astype(p.dtype)) - wide(p), u),
+                lambda u, p, s: _like(wide(s.astype(dtype_of(p))) - wide(p), u),
                 updates,
                 params,
                 new_slow,
@@ -180,7 +180,7 @@ def resynchronize(params: Any, opt_state: Any) -> Any:
         (steps,) = jax.tree.leaves(state.steps)
         slow = dict(jax.tree_util.tree_leaves_with_path(state.slow))
         exact = lambda path, p, steps=steps, slow=slow: (
-            jnp.where(steps == 0, slow[path].astype(p.dtype), p) if path in slow else p
+            jnp.where(steps == 0, slow[path].astype(dtype_of(p)), p) if path in slow else p
         )
         params = jax.tree_util.tree_map_with_path(exact, params)
     return params
@@ -188,7 +188,7 @@ def resynchronize(params: Any, opt_state: Any) -> Any:
 
 def _copy(p: Any, slow_dtype: Any) -> Any:
     """A buffer of its own, so that both can be donated; of an abstract leaf an abstract one."""
-    dtype = p.dtype if hasattr(p, "dtype") else jnp.result_type(p)
+    dtype = dtype_of(p)
     if slow_dtype is not None:
         is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
         dtype = jnp.promote_types(slow_dtype, jnp.complex64) if is_complex else slow_dtype

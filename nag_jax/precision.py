@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import filled, map_gradients
+from nag_jax._arithmetic import dtype_of, filled, map_gradients
 from nag_jax._blocks import BlockState, block_shape, encode, rescale, zero_scales
 from nag_jax._checks import check_range, given_params
 from nag_jax._rounding import check_seed, next_key, start_key, to_bfloat16, uniform_bits
@@ -207,7 +207,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         params = given_params("stochastic_rounding", params)
 
         def rounded(leaf: int, u: jax.Array, p: jax.Array) -> jax.Array:
-            if p.dtype != jnp.bfloat16:
+            if dtype_of(p) != jnp.bfloat16:
                 return u
             wide = p.astype(jnp.float32)
             target = wide + u.astype(jnp.float32)

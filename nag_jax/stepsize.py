@@ -9,7 +9,7 @@ import optax
 
 from nag_jax import _restarting
 from nag_jax import restart as conditions
-from nag_jax._arithmetic import filled, map_gradients, proximal_step, real_like, wide
+from nag_jax._arithmetic import dtype_of, filled, map_gradients, proximal_step, real_like, wide
 from nag_jax._checks import check_prox, check_range
 from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import AccelerateState
@@ -124,7 +124,7 @@ def backtracking(
         scalar = lambda x: jnp.full([], x, float)
         count = lambda: jnp.zeros([], jnp.int32)
         return AccelerateState(
-            m=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=p.dtype), params),
+            m=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(p)), params),
             carry=BacktrackingState(scalar(0), scalar(1), scalar(0), count(), count(), count()),
             readout=scalar(-1),
             restart=() if restart is None else _restarting.start(),
@@ -237,5 +237,5 @@ def _rounding(value: jax.Array, g: Any, params: Any, dot: Any) -> jax.Array:
     """How far off a value may be: rounded itself, and computed from rounded params."""
     sizes = map_gradients(lambda g, p: jnp.abs(wide(p)), g, params)
     spread = dot(map_gradients(lambda g: jnp.abs(wide(g)), g), sizes)
-    eps = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((g, params))]
+    eps = [float(jnp.finfo(dtype_of(x)).eps) for x in jax.tree.leaves((g, params))]
     return max(eps, default=0.0) * (jnp.abs(value) + spread)

@@ -89,6 +89,36 @@ def test_zero_gradients_move_nothing():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
+def test_a_gradient_whose_square_overflows_is_left_out():
+    """It passes every check for finite numbers, but must not make params and state NaN for good."""
+    optimizer = nag_jax.nag_auto(evaluate="iterate")
+
+    @jax.jit
+    def step(params, state, scale):
+        g = jax.tree.map(lambda p: scale * (p - 3), params)
+        updates, state = optimizer.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = start()
+    state = optimizer.init(params)
+    for k in range(200):
+        before = state
+        params, state = step(params, state, 1e30 if k in (0, 20) else 1.0)
+        if k in (0, 20):
+            assert float(optax.tree.get(state, "learning_rate")) == 0
+            for name in ("size", "squares", "progress", *(["distance"] if k else [])):
+                chex.assert_trees_all_equal(getattr(state, name), getattr(before, name))
+    chex.assert_trees_all_close(
+        params, jax.tree.map(lambda p: jnp.full_like(p, 3), params), rtol=1e-3
+    )
+
+    for _ in range(50):  # the sum of squares stays finite, too
+        params, state = step(jax.tree.map(jnp.zeros_like, params), state, 1e18)
+    assert optax.tree.get(state, "learning_rate") > 0
+    params, _ = step(params, state, jnp.inf)  # and what is not finite is not hidden
+    assert not any(np.any(np.isfinite(p)) for p in params)
+
+
 def test_noise_alone_lets_the_distance_grow_to_a_tenth_of_the_params_at_most():
     """Where gradients are noise DoG's distance grows with each step."""
     noise = jax.random.normal(jax.random.key(0), (2000, 100))

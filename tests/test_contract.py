@@ -379,6 +379,15 @@ def test_masked_parameters_stay(case):
 
 
 @every_case
+def test_a_python_number_is_a_parameter(case):
+    numbers = example_params() | {"scale": 0.5}
+    step = step_of(case.make())
+    actual, expected = (step(p, case.make().init(p)) for p in (numbers, example_params()))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+    assert types(actual[1]) == types(expected[1])
+
+
+@every_case
 def test_inside_multi_steps(case):
     params = example_params()
     multi = optax.MultiSteps(case.make(), 3).gradient_transformation()
