@@ -3,7 +3,9 @@
 import _thread
 import os
 import signal
+import sys
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -62,4 +64,15 @@ def forget(unraisable: "UnraisableHookArgs") -> None:
     what is raised there ends nothing.
     """
     if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        threading.Thread(target=_interrupt_again, daemon=True).start()
+
+
+def _interrupt_again() -> None:
+    """As soon as the main thread is out of ``forget``, where it would be lost again."""
+    while True:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None and frame.f_code is not forget.__code__:
+            frame = frame.f_back
+        if frame is None:
+            return _thread.interrupt_main()
+        time.sleep(0.001)

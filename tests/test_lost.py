@@ -231,19 +231,27 @@ def test_a_second_ctrl_c_loses_nothing(server, whole, tmp_path):
 def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
     """What is raised there goes to ``sys.unraisablehook`` and nowhere else."""
     program = """if True:
-        import gc, signal, sys, time
+        import gc, signal, sys, threading, time
         from examples import signals
+
+        start = threading.Thread.start
+
+        def slowly(self):  # as on a busy machine
+            start(self)
+            time.sleep(0.1)
 
         def interrupt(phase, info):
             gc.callbacks.remove(interrupt)
             signal.raise_signal(signal.SIGINT)
 
+        threading.Thread.start = slowly
         sys.unraisablehook = signals.forget
         gc.disable()
         gc.callbacks.append(interrupt)
         try:
             gc.collect()
-            time.sleep(5)
+            for _ in range(1000):
+                time.sleep(0.01)
         except KeyboardInterrupt:
             sys.exit(7)
     """
