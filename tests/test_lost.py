@@ -245,6 +245,7 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
             signal.raise_signal(signal.SIGINT)
 
         threading.Thread.start = slowly
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
         sys.unraisablehook = signals.forget
         gc.disable()
         gc.callbacks.append(interrupt)
