@@ -111,7 +111,8 @@ def nag_auto(
       adaptive parameter-free learner, 2023, arXiv:2306.06101, algorithm 1. Distance over
       gradients, for all and for each layer: Ivgi, Hinder, Carmon, DoG is SGD's best friend, 2023,
       arXiv:2302.12022, equations 1-2. That they are mixed, the momentum and the factors are of
-      this library, chosen on the tasks of benchmarks/auto.py and the MLP of benchmarks/speedup.
+      this library, chosen on the tasks of benchmarks/auto.py, the MLP and the quadratics of
+      benchmarks/speedup.
     """
     check_range("learning_rate", learning_rate, 0.0)
     check_momentum(momentum)
