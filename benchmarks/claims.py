@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import auto, candidates, step_time, stepsizes
 from benchmarks.readme import PAGE, if_true, joined, span
+from benchmarks.shapes import SHAPES
 from benchmarks.speedup import cells, claims, lattice, optimizers, quadratics, report
 
 RESULTS = Path(__file__).parent / "results"
@@ -219,7 +220,8 @@ def tuning() -> list[str]:
 
 
 def steps() -> list[str]:
-    shapes = {name: shape["rows"] for name, shape in read("step_time")["shapes"].items()}
+    found = {name: shape["rows"] for name, shape in read("step_time")["shapes"].items()}
+    shapes = {name: found[name] for name in SHAPES}
     ratios = lambda key: {n: rows[key]["ratio"] for n, rows in shapes.items() if key in rows}
     restart = ratios("fista with restart")
     over = {name: ratio for name, ratio in restart.items() if ratio > 1.4}
@@ -235,6 +237,15 @@ def steps() -> list[str]:
     constant = "strongly_convex", "tmm", "robust_momentum", "sc_ogm", "heavy_ball", "qhm", "gpa"
     again = [abs(ratio - 1) for ratio in ratios(step_time.AGAIN).values()]
     fused = ratios("torch fused")
+    few, many = "500 tiny", "2,000 tiny"
+    grows = lambda key, cost: cost(found[many][key]) / cost(found[few][key]) * 500 / 2000
+    growth = lambda cost: (
+        f"{grows(step_time.BASE, cost):.1f} times as long",
+        span(grows(key, cost) for key in step_time.COMPILED if key != step_time.BASE),
+    )
+    (stepped, to_step), (compiled, to_compile) = growth(lambda row: row["ms"]), growth(wait)
+    merged = {(row["form"], row["flag"] != ""): row for row in read("one_loop")["rows"]}
+    old = [merged["from the old buffer", flag] for flag in (True, False)]
     return [
         f"`nag` takes at most {largest('nag')} times as long as optax's in every shape, "
         f"Sutskever's form at most {largest('nag, sutskever')}, and the rules with constant "
@@ -249,6 +260,11 @@ def steps() -> list[str]:
         f"int8 takes {span(ratios(int8).values())} times as long, most for blocks of odd length as "
         f"in the one leaf of 20 M, and up to {max(longer(int8)):.0f} times to compile",
         if_true(max(fused.values()) < 1, "PyTorch's fused step is faster in every shape"),
+        f"Among 2,000 small leaves each takes {stepped} to step as among 500 with optax and "
+        f"{to_step} times with these, and {compiled} to trace and compile with optax and "
+        f"{to_compile} times with these",
+        if_true(old[0]["loops"] == 1, f"one, which takes {old[0]['ratio']:.2f} times optax's"),
+        if_true(old[1]["loops"] == 3, f"copies the buffer first and takes {old[1]['ratio']:.1f}"),
     ]
 
 

@@ -34,3 +34,4 @@ SHAPES: dict[str, Shapes] = {
     "GPT-2 small": gpt2_small(),
     "2,000 tiny": [(8,), (4, 4)] * 1000,
 }
+FEWER: dict[str, Shapes] = {f"{n:,} tiny": [(8,), (4, 4)] * (n // 2) for n in (500, 1000)}

@@ -8,7 +8,7 @@ arrays come to lie in memory changes the time of thousands of small ones. Optax 
 and a ratio is the median over the rounds of the quotient with the mean of the two in the same
 round: their own ratios show what the measurement cannot tell from 1. Results of the shapes
 that were run replace those in results/step_time.json; --table prints them without running
-anything.
+anything. Fewer tiny leaves are measured beside the 2,000 for how the cost of a leaf grows.
 """
 
 import argparse
@@ -32,7 +32,8 @@ import optax
 
 import nag_jax
 from benchmarks.machine import describe_machine
-from benchmarks.shapes import SHAPES, Shapes
+from benchmarks.readme import markdown
+from benchmarks.shapes import FEWER, SHAPES, Shapes
 from nag_jax import restart, rules
 
 RESULTS = Path(__file__).parent / "results" / "step_time.json"
@@ -157,7 +158,7 @@ def steps_a_turn(run: Callable[[int], None]) -> int:
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    shapes = SHAPES[name]
+    shapes = (SHAPES | FEWER)[name]
     size = sum(math.prod(shape) for shape in shapes)
     gradients = [jnp.full(shape, 0.5) for shape in shapes]
     makers = EVERYWHERE | (RULES if len(shapes) == 1 else {})
@@ -165,10 +166,12 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     order = random.Random(0)
     ours: dict[str, Program] = {}
     times: dict[str, list[float]] = {}
+    waits: dict[str, list[tuple[float, float]]] = {}
     for _ in range(BUILDS):
         ours.clear()
         for key in order.sample(list(makers), len(makers)):
-            ours[key] = Program(makers[key], shapes, gradients)
+            program = ours[key] = Program(makers[key], shapes, gradients)
+            waits.setdefault(key, []).append((program.trace_s, program.compile_s))
         # A copy must not fit into a cache that the steps do not fit into, and may where they do.
         contestants = {"copy": copy_program(size)} | {key: ours[key] for key in makers} | theirs
         steps = {key: steps_a_turn(run) for key, run in contestants.items()}
@@ -189,9 +192,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             "ratio_quartiles": [float(q) for q in np.quantile(ratios, (0.25, 0.75))],
         }
         if key in ours:
-            program = ours[key]
-            rows[key] |= {"trace_s": program.trace_s, "compile_s": program.compile_s}
-            analysis = program.compiled.memory_analysis()
+            trace_s, compile_s = (statistics.median(each) for each in zip(*waits[key], strict=True))
+            rows[key] |= {"trace_s": trace_s, "compile_s": compile_s}
+            analysis = ours[key].compiled.memory_analysis()
             rows[key]["temporary_bytes"] = getattr(analysis, "temp_size_in_bytes", None)
     copy_rate = 8 * size / statistics.median(times["copy"])
     for row in rows.values():  # params, gradients and buffer read, params and buffer written
@@ -242,9 +245,24 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def growth(result: dict[str, Any]) -> str:
+    """What a leaf costs among more and more of them, in Markdown."""
+    shapes = [result["shapes"][name] for name in (*FEWER, list(SHAPES)[-1])]
+    costs = {"µs to step": "ms", "ms to trace": "trace_s", "ms to compile": "compile_s"}
+    counts = [f"{s['leaves']:,}" for s in shapes]
+    head = [n if i else f"{cost}, n = {n}" for cost in costs for i, n in enumerate(counts)]
+    rows = [
+        [key, *(f"{1e3 * s['rows'][key][name] / s['leaves']:.2f}"
+                for name in costs.values() for s in shapes)]
+        for key in COMPILED
+    ]  # fmt: skip
+    return markdown(["each of n tiny leaves", *head], rows)
+
+
 def main() -> None:
+    names = [*SHAPES, *FEWER]
     parser = argparse.ArgumentParser(description="The time of one optimizer step.")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", default=names, choices=names)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -259,6 +277,7 @@ def main() -> None:
         result["import_s"] = import_times()
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
+    print(growth(result) if FEWER.keys() <= result["shapes"].keys() else "")
     print(result["import_s"], [s["note"] for s in result["shapes"].values()])
 
 

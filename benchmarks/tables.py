@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import auto, auto_factors, convergence, recipes, step_time, stepsizes
+from benchmarks import auto, auto_factors, convergence, one_loop, recipes, step_time, stepsizes
 from benchmarks.readme import PAGE, markdown, source, write_section
 from benchmarks.speedup import report
 
@@ -88,7 +88,8 @@ def precision(results: dict[str, Any]) -> str:
 
 def steps(results: dict[str, Any]) -> str:
     seconds = ", ".join(f"{name} {1e3 * t:.0f} ms" for name, t in results["import_s"].items())
-    return f"{source(results)}\n\n{step_time.table(results)}\n\nImports, each alone: {seconds}."
+    tables = f"{step_time.table(results)}\n\n{step_time.growth(results)}"
+    return f"{source(results)}\n\n{tables}\n\nImports, each alone: {seconds}."
 
 
 def scaling(results: dict[str, Any]) -> str:
@@ -127,6 +128,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "auto": auto.table,
     "auto_factors": auto_factors.table,
     "step_time": steps,
+    "one_loop": one_loop.table,
     "precision": precision,
     "throughput": throughput,
     "streaming": streaming,
