@@ -1,10 +1,17 @@
-"""The options of ``examples.train``: every mistake in them is told in one line."""
+"""The options of the examples: every mistake in them is told in one line."""
 
 import ast
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
+
+from examples import effects
+from examples.workdir import flatten
+
+_SHIPPED = Path(__file__).parent.parent / "configs"
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -36,3 +43,35 @@ def unquote(text: str) -> str:
     except (SyntaxError, ValueError):
         return ""
     return found if isinstance(found, str) else ""
+
+
+def refuse_without_effect(program: str) -> None:
+    """UserError if the user, or the user's own config file, sets what ``program`` ignores.
+
+    On the command line that is what differs from the file, in the file what differs from the one
+    of ``configs/`` that it is most like.
+    """
+    flag: Any = flags.FLAGS["config"]
+    config, file = flatten(flag.value.to_dict()), config_of_file(flag.config_filename)
+    given = differing(config, file)
+    for name in differing(file, most_alike(file)):  # the command line may mend it
+        if name not in given and effects.ignored([name], file):
+            given.append(name)
+    effects.refuse(given, config, program)
+
+
+def config_of_file(path: str) -> dict[str, Any]:
+    """The fields of a config as its file has them, without those of the command line."""
+    parser: Any = flags.FLAGS["config"].parser
+    return flatten(parser.parse(path).to_dict())
+
+
+def most_alike(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of ``configs/`` that differs least from this one."""
+    shipped = map(config_of_file, map(str, sorted(_SHIPPED.glob("[a-z]*.py"))))
+    return min(shipped, key=lambda other: len(differing(config, other)))
+
+
+def differing(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The fields of ``config`` that ``other`` lacks or has another value of."""
+    return [name for name, value in config.items() if name not in other or other[name] != value]

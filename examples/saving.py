@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples import processes
+from examples import effects, processes
 from examples.checkpoints import Checkpoints, Restored
 from examples.errors import UserError
 from examples.reporting import Reporter
 from examples.steps import TrainState
 from examples.tasks import Task
-from examples.workdir import refuse_other
+from examples.workdir import flatten, refuse_other
 
 
 class Saver:
@@ -75,10 +75,18 @@ class Saver:
         if skipped and self._config.nonfinite == "stop":
             raise UserError(
                 f"the loss or its gradient was not finite in {skipped} steps before step {step}; "
-                "the last checkpoint is from before; try, in another --workdir, a learning rate "
-                f"below {self._config.learning_rate:g}, --config.clip_norm=1.0, or "
-                "--config.nonfinite=skip"
+                "the last checkpoint is from before; try, in another --workdir, "
+                f"{remedies(self._config)}"
             )
+
+
+def remedies(config: Any) -> str:
+    """What may keep the loss of this config finite: nothing that it would ignore."""
+    found = []
+    if not effects.ignored(["learning_rate"], flatten(config.to_dict())):
+        found.append(f"a learning rate below {config.learning_rate:g}")
+    below = config.clip_norm / 10 or 1.0
+    return ", ".join([*found, f"--config.clip_norm={below:g}", "or --config.nonfinite=skip"])
 
 
 def is_best(task: Task, history: list[dict[str, float]], step: int) -> bool:

@@ -14,9 +14,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import nag_jax
 from examples import data, feeds, lr_finder, optimizer, plots, processes, steps, stopping, tasks
-from examples.command_line import parse_flags
+from examples.command_line import parse_flags, refuse_without_effect
 from examples.config_check import check
 from examples.errors import UserError
 from examples.layout import Layout
@@ -174,10 +173,7 @@ def find_learning_rate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
 
 def evaluation_params(state: steps.TrainState) -> Any:
     """The iterate of NAG; other optimizers keep it as their params."""
-    keeps_it = lambda s: isinstance(s, nag_jax.AccelerateState | nag_jax.OuterState)
-    if any(map(keeps_it, jax.tree.leaves(state.opt_state, is_leaf=keeps_it))):
-        return nag_jax.eval_params(state.params, state.opt_state)
-    return state.params
+    return steps.evaluation_params(state.params, state.opt_state)
 
 
 def next_stop(config: Any, step: int, steps_per_epoch: int, total: int) -> int:
@@ -198,6 +194,7 @@ def main(arguments: list[str]) -> None:
     sys.unraisablehook = forget  # and tensorstore of what nobody waits for
     options = flags.FLAGS
     try:
+        refuse_without_effect("examples.train")
         processes.join(
             options.coordinator,
             options.num_processes,
