@@ -10,24 +10,28 @@ from examples.errors import UserError
 from examples.reporting import Reporter
 from examples.steps import TrainState
 from examples.tasks import Task
-from examples.workdir import flatten, refuse_other
+from examples.workdir import flatten, refuse_other, refuse_other_data
 
 
 class Saver:
     """The checkpoints of a run in ``workdir/checkpoints``, and in ``workdir/best`` the best."""
 
-    def __init__(self, workdir: Path, config: Any, task: Task):
+    def __init__(self, workdir: Path, config: Any, task: Task, fingerprint: int):
         self._config, self._task, self._workdir = config, task, workdir
+        self._fingerprint = fingerprint  # of the data
         self._checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
         self._best: Checkpoints | None = None
         self._saved: int | None = None
 
     def restore(self, state: TrainState) -> Restored | None:
         """The newest checkpoint, with the shapes and shardings of ``state``, if there is one."""
-        accept = lambda meta: refuse_other(self._workdir, meta["config"], self._config)
-        restored = self._checkpoints.restore(state, accept)
+        restored = self._checkpoints.restore(state, self._accept)
         self._saved = restored.step if restored else None
         return restored
+
+    def _accept(self, meta: dict[str, Any]) -> None:
+        refuse_other(self._workdir, meta["config"], self._config)
+        refuse_other_data(self._workdir, meta.get("fingerprint"), self._fingerprint, self._config)
 
     def begin(self) -> None:
         """Prepares the folders for what this run will save."""
@@ -44,6 +48,7 @@ class Saver:
         reporter.flush()
         self.refuse_nonfinite(state, step)
         meta = {"config": self._config.to_dict(), "history": reporter.history, "data": position}
+        meta["fingerprint"] = self._fingerprint
         if self._best is not None:
             self._best.wait()  # a checkpoint goes on after the best one before it, never without
         self._checkpoints.save(step, state, json.loads(json.dumps(meta)))

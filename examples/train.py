@@ -39,6 +39,7 @@ class Setup(NamedTuple):
     state: steps.TrainState
     total: int  # updates in all
     layout: Layout
+    fingerprint: int  # of the data; of a stream, of what is read before it starts
 
 
 def set_up(config: Any) -> Setup:
@@ -56,7 +57,8 @@ def set_up(config: Any) -> Setup:
     maker = optimizer.make(config, feed.steps_per_epoch, total)
     state = steps.initial_state(task, maker.transformation, run_key, feed.samples)
     test = layout.put_whole(dataset.test)
-    return Setup(task, feed, test, maker, layout.put_whole(state), total, layout)
+    fingerprint = data.fingerprint(dataset)
+    return Setup(task, feed, test, maker, layout.put_whole(state), total, layout, fingerprint)
 
 
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
@@ -67,12 +69,12 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
     processes call it alike, with one ``workdir`` that all of them reach.
     """
     check(config)
-    task, feed, test, maker, state, total, layout = set_up(config)
+    task, feed, test, maker, state, total, layout, fingerprint = set_up(config)
     steps_per_epoch = feed.steps_per_epoch
 
     workdir = Path(workdir)
     claim(workdir, config)
-    saver = Saver(workdir, config, task)
+    saver = Saver(workdir, config, task, fingerprint)
     history: list[Row] = []
     over = ""  # why it ended early
     if restored := saver.restore(state):

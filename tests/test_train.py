@@ -10,7 +10,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from test_data import write_cifar
+from test_data import write_cifar, write_dataset
 
 from examples import command_line, data, train
 from examples.checkpoints import Checkpoints
@@ -288,6 +288,70 @@ def test_a_finished_run_is_not_repeated(tmp_path, capsys):
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(config(learning_rate=0.01), tmp_path)
     assert rows_of(tmp_path) == first
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def write_small_shards(folder):
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        x = rng.integers(0, 256, (80, 6, 5, 1), np.uint8)
+        write_shards(folder / name, [(x, np.arange(80) % 3)], 30, 3)
+
+
+def write_text(folder):
+    (folder / "text").write_text("to be, or not to be: that is the question. " * 60)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "write", "changed"),
+    [
+        ("mnist", write_dataset, "train-images-idx3-ubyte"),
+        ("mnist", write_dataset, "t10k-images-idx3-ubyte"),
+        ("shards", write_small_shards, "train/x-00002.npy"),
+        ("shards", write_small_shards, "test/x-00000.npy"),
+        ("text", write_text, "text"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys, dataset, write, changed):
+    """Wherever they lie now, and however alike the others are."""
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    chosen = config("rnn" if dataset == "text" else "mlp", dataset=dataset, batch_size=4)
+    chosen.model.update(hidden_sizes=(4,), hidden=4, length=16)
+    chosen.num_epochs, chosen.data_dir = 1, str(tmp_path / "data")
+    chosen.text_file = str(tmp_path / "data" / "text") if dataset == "text" else ""
+    train.train_and_evaluate(chosen, tmp_path / "run")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    chosen.data_dir = chosen.data_dir.replace("/data", "/moved")
+    chosen.text_file = chosen.text_file.replace("/data", "/moved")
+    train.train_and_evaluate(chosen, tmp_path / "run")
+    assert "finished before" in capsys.readouterr().out
+    before = rows_of(tmp_path / "run")
+    flip_a_bit(tmp_path / "moved" / changed)
+    for _ in ("finished", "interrupted"):
+        message = rf"holds a run on other data than config\.dataset={dataset} in .*moved.* has now"
+        with pytest.raises(UserError, match=message):
+            train.train_and_evaluate(chosen, tmp_path / "run")
+        (tmp_path / "run" / "curves.png").unlink(missing_ok=True)
+    assert rows_of(tmp_path / "run") == before
+
+
+def test_a_run_of_a_version_that_did_not_know_its_data(tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def without(self, step, state, meta):
+        save(self, step, state, {k: v for k, v in meta.items() if k != "fingerprint"})
+
+    monkeypatch.setattr(Checkpoints, "save", without)
+    chosen = config(num_epochs=1)
+    train.train_and_evaluate(chosen, tmp_path)
+    with pytest.raises(UserError, match=r"of an older version, .*; choose another --workdir"):
+        train.train_and_evaluate(chosen, tmp_path)
 
 
 def test_a_run_that_failed_early_may_be_mended(tmp_path):
