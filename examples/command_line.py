@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags, logging
 
 from examples import effects
+from examples.paths import expand
 from examples.workdir import flatten
 
 _SHIPPED = Path(__file__).parent.parent / "configs"
@@ -18,11 +19,17 @@ def parse_flags(arguments: list[str]) -> list[str]:
     """absl's parser, with one line instead of a traceback."""
     logging.set_verbosity(logging.WARNING)
     try:
-        rest = flags.FLAGS(arguments)
+        rest = flags.FLAGS([with_home(argument) for argument in arguments])
         flags.FLAGS.config.keys()  # raises what went wrong when the file was loaded
         return rest
     except Exception as error:  # ml_collections raises many kinds for a wrong field or value
         sys.exit(f"error: {' '.join(describe(error).split())}")
+
+
+def with_home(argument: str) -> str:
+    """The file of the config with the home folder for ``~``, other arguments as they are."""
+    name, _, path = argument.partition("=")
+    return f"{name}={expand(path)}" if name.lstrip("-") == "config" and path else argument
 
 
 def describe(error: Exception) -> str:

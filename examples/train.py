@@ -6,7 +6,6 @@ The same command again goes on from the newest checkpoint, to the same numbers b
 import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from examples.command_line import parse_flags, refuse_without_effect
 from examples.config_check import check
 from examples.errors import UserError
 from examples.layout import Layout
+from examples.paths import expand
 from examples.reporting import Reporter, Row, describe
 from examples.saving import Saver
 from examples.signals import StopRequest, forget
@@ -69,10 +69,10 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
     processes call it alike, with one ``workdir`` that all of them reach.
     """
     check(config)
+    workdir = expand(workdir)
     task, feed, test, maker, state, total, layout, fingerprint = set_up(config)
     steps_per_epoch = feed.steps_per_epoch
 
-    workdir = Path(workdir)
     claim(workdir, config)
     saver = Saver(workdir, config, task, fingerprint)
     history: list[Row] = []
@@ -168,7 +168,8 @@ def due(config: Any, step: int, steps_per_epoch: int, total: int) -> Due:
 def find_learning_rate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     """In place of training; see :mod:`examples.lr_finder`."""
     check(config)
-    setup, workdir = set_up(config), Path(workdir)
+    workdir = expand(workdir)
+    setup = set_up(config)
     claim(workdir, config)
     return lr_finder.find(config, workdir, setup)
 

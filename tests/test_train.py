@@ -1,6 +1,7 @@
 """The trainer learns, repeats itself to the bit, goes on where it stopped, and names mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -446,6 +447,33 @@ def test_mistakes_in_the_file_of_a_config_are_told_as_they_are():
     message = "'NoneType' object has no attribute 'x'"
     assert command_line.describe(AttributeError(message)) == message
     assert command_line.describe(AssertionError()) == "AssertionError"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "write"), [("mnist", write_dataset), ("shards", write_small_shards)]
+)
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, dataset, write):
+    """In ``--workdir=~/run`` the shell leaves it as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    write_text(tmp_path)
+    chosen = config(dataset=dataset, batch_size=4, data_dir="~/data", num_epochs=1)
+    chosen.model.hidden_sizes = (4,)
+    train.train_and_evaluate(chosen, "~/run")
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert data.load(config("rnn", text_file="~/text")).train["x"].shape[1] == 65
+    shutil.copy(ROOT / "configs" / "mlp.py", tmp_path / "own.py")
+    assert command_line.with_home("--config=~/own.py") == f"--config={tmp_path / 'own.py'}"
+    assert command_line.with_home("--config.text_file=~/a") == "--config.text_file=~/a"
+    with pytest.raises(UserError, match=r"~nobody-here/run: no such home folder"):
+        train.train_and_evaluate(chosen, "~nobody-here/run")
+
+
+def test_shards_without_a_folder(tmp_path):
+    message = r"config\.dataset=shards needs --config\.data_dir=FOLDER, with FOLDER/train and"
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(config(dataset="shards"), tmp_path)
 
 
 def test_unusable_workdir_gives_one_line(tmp_path):
