@@ -35,11 +35,19 @@ def with_home(argument: str) -> str:
 def describe(error: Exception) -> str:
     """What is wrong with the options, or with the file of the config."""
     message = str(error)
+    if missing := re.findall(r"Flag (--\w+) must have a value other than None", message):
+        return f"{' and '.join(missing)} must be given; --help lists all options"
     if quoted := unquote(message):  # ml_collections repeats the text of a KeyError
         name, _, hint = quoted.partition("\n")
-        return f"the config has no field {name}; {hint or 'configs/default.py lists all fields'}"
+        fields = "configs/default.py lists all fields"
+        fields += " with their meaning, --help the other options" if name == "'help'" else ""
+        return f"the config has no field {name}; {hint or fields}"
     if group := re.search(r"flag --(config\.\w+)=.*: Failed to parse .* as a ConfigDict", message):
         return f"{group[1]} is a group of fields; set one of them: --config.optimizer.name=adam"
+    if trace := re.search(r"flag --config=(.*?): Error whilst parsing .*\n(\S.*)", message, re.S):
+        return f"{trace[1]}: {trace[2]}"
+    if missing_file := re.search("No such file or directory: '.*'", message):
+        return f"{missing_file[0]}; configs/ has a file for each recipe"
     return message or type(error).__name__
 
 

@@ -216,6 +216,16 @@ def test_flags_that_do_not_fit(server, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_launcher_of_a_mistake(server, tmp_path):
+    """The same command would make it again."""
+    run = Launched(server, tmp_path / "run", *OPTIONS, "--config.optimizer.name=sgdm")
+    assert run.end() == 1
+    log = run.log.read_text()
+    assert "error: config.optimizer.name must be one of nag, " in log
+    assert "the others are stopped" in log
+    assert "goes on" not in log
+
+
 def test_a_launcher_without_a_command():
     command = [sys.executable, "-m", "examples.launch", "--processes=0", "--", "--config=x"]
     result = subprocess.run(command, cwd=forks.ROOT, capture_output=True, text=True, timeout=60)

@@ -430,6 +430,12 @@ def test_bad_values_are_named(tmp_path, changes, message):
         ("--workdir=", "--workdir is empty"),
         ("--config.optimizer.name=sgdm", "config.optimizer.name must be one of nag"),
         ("--config=configs/missing.py", "No such file or directory: 'configs/missing.py'"),
+        ("--config=", "Path to config file is an empty string"),
+        (
+            "--config=configs/mlp.py:a",
+            "configs/mlp.py:a: TypeError: get_config() takes 0 positional",
+        ),
+        ("--config.help", "lists all fields with their meaning, --help the other options"),
         ("--learning_rate=1", "Unknown command line flag 'learning_rate'"),
         ("extra", "unknown arguments extra"),
     ],
@@ -441,6 +447,13 @@ def test_command_line_mistakes_give_one_line(tmp_path, option, message):
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_options_that_are_missing():
+    command = [sys.executable, "-m", "examples.train"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    message = "error: --config and --workdir must be given; --help lists all options\n"
+    assert (result.returncode, result.stderr) == (1, message)
 
 
 def test_mistakes_in_the_file_of_a_config_are_told_as_they_are():
