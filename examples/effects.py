@@ -75,7 +75,7 @@ _TABLE = (
     ),
     _never(
         "momentum", "optimizer.name", *sorted(WITHOUT_MOMENTUM),
-        because="which has none, or one of its own",
+        because="which has no momentum to set",
     ),
     _never("momentum", "momentum_schedule", "convex", because="which tends to 1"),
     _only("decay", "optimizer.name", *_NAG, "nag_then_sgd"),

@@ -1,5 +1,7 @@
 """Settings without effect are refused, those with one are not, and the table of both is true."""
 
+import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -33,7 +35,7 @@ def refuse(program, name, **changes):
         (
             "train", "mlp", dict(optimizer__name="sgd", momentum=0.95),
             r"config\.momentum=0\.95 has no effect with config\.optimizer\.name=sgd, which has "
-            r"none, or one of its own; leave it out, or change config\.optimizer\.name",
+            r"no momentum to set; leave it out, or change config\.optimizer\.name",
         ),
         ("train", "mlp", dict(momentum_schedule="convex", momentum=0.8), r"schedule=convex, which"),
         ("train", "mlp", dict(optimizer__name="nag_auto", learning_rate=0.1), "finds its own"),
@@ -83,6 +85,31 @@ def test_settings_without_effect(program, name, changes, message):
 )  # fmt: skip
 def test_settings_with_effect(name, changes):
     refuse("train", name, **changes)
+
+
+COMMANDS = [
+    (page.name, *match)
+    for page in (
+        ROOT / "README.md",
+        ROOT / "benchmarks" / "README.md",
+        ROOT / "docs" / "tutorial.md",
+    )
+    for match in re.findall(r"--config=configs/(\w+)\.py([^`\n]*)", page.read_text())
+]
+
+
+@pytest.mark.parametrize(("page", "name", "options"), COMMANDS)
+def test_the_commands_of_the_pages_are_accepted(page, name, options):
+    fields = re.findall(r"--config\.([\w.]+)=(\S+)", options)
+    changes = {field.replace(".", "__"): value_of(text) for field, text in fields}
+    refuse("diloco" if name == "diloco" else "train", name, **changes)
+
+
+def value_of(text):
+    try:
+        return ast.literal_eval(text)
+    except ValueError:
+        return text
 
 
 def test_the_recipe_of_diloco_is_accepted():
