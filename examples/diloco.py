@@ -6,6 +6,7 @@ Each worker trains on a part of the data of its own. All runs see the same batch
 how often the workers communicate: one mean of a params-sized tree every H steps.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Row(NamedTuple):
 
     method: str
     every: int  # steps between two means: H
-    learning_rate: float  # peak, of the inner steps
+    learning_rate: float  # peak, of the inner steps; NaN: nag_auto finds its own
     loss: float  # at eval_params
     loss_at_params: float  # after the last outer step: at the slow copy
     bytes_per_step: float  # that each worker puts into a mean
@@ -120,7 +121,7 @@ def run(config: Any, dataset: data.Dataset, every: int, learning_rate: float) ->
     return Row(
         method=f"synchronous {name}" if synchronous else "DiLoCo",
         every=every,
-        learning_rate=learning_rate,
+        learning_rate=math.nan if name == "nag_auto" else learning_rate,
         loss=loss(steps.evaluation_params(params, opt_state)),
         loss_at_params=loss(params),
         bytes_per_step=sum(4 * x.size for x in jax.tree.leaves(params)) / every,
@@ -161,12 +162,12 @@ def table(config: Any) -> list[Row]:
     dataset, local = data.load(config), config.local
     check_sizes(config, dataset)
     make(config, dataset, config.learning_rate, 1)  # mistakes come before the first line
-    print(f"{'method':16} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
+    print(f"{'method':22} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
     rows = []
     for every in (0, *local.every):
         rate = local.learning_rate if every else config.learning_rate
         rows.append(run(config, dataset, every, rate))
-        print("{:16} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
+        print("{:22} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
     return rows
 
 

@@ -122,3 +122,5 @@ def test_other_optimizers_take_the_place_of_nag(config, capsys):
     assert rows[0].loss == rows[0].loss_at_params
     assert all(row.loss < 2.89 for row in rows)
     assert "synchronous adam" in capsys.readouterr().out
+    config.optimizer.name = "nag_auto"
+    assert all(np.isnan(row.learning_rate) for row in diloco.table(config))
