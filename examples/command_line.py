@@ -1,6 +1,7 @@
 """The options of the examples: every mistake in them is told in one line."""
 
 import ast
+import difflib
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from absl import flags, logging
 
 from examples import effects
+from examples.errors import UserError
 from examples.paths import expand
 from examples.workdir import flatten
 
@@ -68,8 +70,11 @@ def refuse_without_effect(program: str) -> None:
     """
     flag: Any = flags.FLAGS["config"]
     config, file = flatten(flag.value.to_dict()), config_of_file(flag.config_filename)
+    shipped = [config_of_file(str(path)) for path in sorted(_SHIPPED.glob("[a-z]*.py"))]
+    refuse_other_fields(flag.config_filename, file, shipped)
     given = differing(config, file)
-    for name in differing(file, most_alike(file)):  # the command line may mend it
+    most_alike = min(shipped, key=lambda other: len(differing(file, other)))
+    for name in differing(file, most_alike):  # the command line may mend it
         if name not in given and effects.ignored([name], file):
             given.append(name)
     effects.refuse(given, config, program)
@@ -81,10 +86,17 @@ def config_of_file(path: str) -> dict[str, Any]:
     return flatten(parser.parse(path).to_dict())
 
 
-def most_alike(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of ``configs/`` that differs least from this one."""
-    shipped = map(config_of_file, map(str, sorted(_SHIPPED.glob("[a-z]*.py"))))
-    return min(shipped, key=lambda other: len(differing(config, other)))
+def refuse_other_fields(path: str, file: dict[str, Any], shipped: list[dict[str, Any]]) -> None:
+    """UserError if a config file has a field that none of ``shipped`` has, or lacks one of all."""
+    known = sorted({name for other in shipped for name in other})
+    for name in (name for name in file if name not in known):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean config.{near[0]}?" if near else "configs/default.py lists all fields"
+        raise UserError(f"{path}: there is no field config.{name}; {hint}")
+    for name in (name for name in known if name not in file):
+        if all(name in other for other in shipped):
+            start = "begin with that of configs/default.py and change what you want"
+            raise UserError(f"{path}: its config has no field {name}; {start}")
 
 
 def differing(config: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -213,8 +213,18 @@ def test_on_the_command_line(tmp_path):
 )  # fmt: skip
 def test_a_config_file_of_the_users_own(tmp_path, monkeypatch, base, more, options, refused):
     """It is held against the recipe that it is made of; the command line may mend it."""
-    path = tmp_path / "own.py"
-    path.write_text(OWN.format(base=base, more=more))
+    give(tmp_path, monkeypatch, OWN.format(base=base, more=more), options)
+    if not refused:
+        command_line.refuse_without_effect("examples.train")
+        return
+    with pytest.raises(UserError, match=r"config\.learning_rate=0\.3 has no effect with"):
+        command_line.refuse_without_effect("examples.train")
+
+
+def give(folder, monkeypatch, content, options=()):
+    """Parses a config file with this content and options, as if they came from the command line."""
+    path = folder / "own.py"
+    path.write_text(content)
     values = command_line.flags.FlagValues()
     arguments = ["train", f"--config={path}", *options]
     config_flags = pytest.importorskip("ml_collections").config_flags
@@ -222,10 +232,24 @@ def test_a_config_file_of_the_users_own(tmp_path, monkeypatch, base, more, optio
     config_flags.DEFINE_config_file("config", None, "", values)
     values(arguments)
     monkeypatch.setattr(command_line.flags, "FLAGS", values)
-    if not refused:
-        command_line.refuse_without_effect("examples.train")
-        return
-    with pytest.raises(UserError, match=r"config\.learning_rate=0\.3 has no effect with"):
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learnin_rate = 0.3", r"no field config\.learnin_rate; did you mean config\.learning_rat"),
+        ("model.layers = 3", r"no field config\.model\.layers; "),
+        (
+            "zzz = 3",
+            r"own\.py: there is no field config\.zzz; configs/default\.py lists all fields",
+        ),
+        ("keep = 1; del config.keep", r"its config has no field keep; begin with that of configs/"),
+    ],
+)
+def test_a_config_file_with_other_fields(tmp_path, monkeypatch, line, message):
+    give(tmp_path, monkeypatch, OWN.format(base="mlp", more=f"config.{line}"))
+    with pytest.raises(UserError, match=message):
         command_line.refuse_without_effect("examples.train")
 
 
