@@ -58,6 +58,11 @@ def set_up(config: Any) -> Setup:
     state = steps.initial_state(task, maker.transformation, run_key, feed.samples)
     test = layout.put_whole(dataset.test)
     fingerprint = data.fingerprint(dataset)
+    if not processes.all_have(fingerprint):
+        raise UserError(
+            f"the processes found different data for config.dataset={config.dataset}; give all of "
+            "them the same files"
+        )
     return Setup(task, feed, test, maker, layout.put_whole(state), total, layout, fingerprint)
 
 
