@@ -1,4 +1,7 @@
-"""Every field of a run, with its meaning; the other files override some of them."""
+"""Every field of a run, with its meaning; the other files override some of them.
+
+Fields that a run has no use for may stay as they are, but are refused on the command line.
+"""
 
 from typing import Any
 

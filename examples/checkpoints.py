@@ -1,6 +1,9 @@
 """Checkpoints with orbax: the whole state of a run in one atomic, asynchronous step."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
@@ -68,7 +71,7 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise many kinds
             if processes.lost_the_others(error):
                 raise
-            reason = _first_line(error)
+            reason = _why_not_written(error)
             raise UserError(f"{self._folder}/{step}: could not be written: {reason}") from None
         if done is False:
             raise UserError(f"{self._folder}/{step}: was not written: it or a later one exists")
@@ -212,6 +215,17 @@ def _weighted_sum(shard: Any, shape: tuple[int, ...]) -> int:
 
 def _json_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _why_not_written(error: Exception) -> str:
+    """One sentence where the system said why; tensorstore wraps that in paths of its own."""
+    found = re.search(r"(?:os_error_code='|OS error )(\d+)", str(error))
+    code = int(found[1]) if found else getattr(error, "errno", None)
+    if code is None:
+        return _first_line(error)
+    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    then = "; make room, and the same command goes on from the one before" if full else ""
+    return os.strerror(code) + then
 
 
 def _first_line(error: Exception) -> str:

@@ -1,31 +1,55 @@
-"""The options of ``examples.train``: every mistake in them is told in one line."""
+"""The options of the examples: every mistake in them is told in one line."""
 
 import ast
+import difflib
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
+
+from examples import effects
+from examples.errors import UserError
+from examples.paths import expand
+from examples.workdir import flatten
+
+_SHIPPED = Path(__file__).parent.parent / "configs"
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """absl's parser, with one line instead of a traceback."""
     logging.set_verbosity(logging.WARNING)
     try:
-        rest = flags.FLAGS(arguments)
+        rest = flags.FLAGS([with_home(argument) for argument in arguments])
         flags.FLAGS.config.keys()  # raises what went wrong when the file was loaded
         return rest
     except Exception as error:  # ml_collections raises many kinds for a wrong field or value
         sys.exit(f"error: {' '.join(describe(error).split())}")
 
 
+def with_home(argument: str) -> str:
+    """The file of the config with the home folder for ``~``, other arguments as they are."""
+    name, _, path = argument.partition("=")
+    return f"{name}={expand(path)}" if name.lstrip("-") == "config" and path else argument
+
+
 def describe(error: Exception) -> str:
     """What is wrong with the options, or with the file of the config."""
     message = str(error)
+    if missing := re.findall(r"Flag (--\w+) must have a value other than None", message):
+        return f"{' and '.join(missing)} must be given; --help lists all options"
     if quoted := unquote(message):  # ml_collections repeats the text of a KeyError
         name, _, hint = quoted.partition("\n")
-        return f"the config has no field {name}; {hint or 'configs/default.py lists all fields'}"
+        fields = "configs/default.py lists all fields"
+        fields += " with their meaning, --help the other options" if name == "'help'" else ""
+        return f"the config has no field {name}; {hint or fields}"
     if group := re.search(r"flag --(config\.\w+)=.*: Failed to parse .* as a ConfigDict", message):
         return f"{group[1]} is a group of fields; set one of them: --config.optimizer.name=adam"
+    if trace := re.search(r"flag --config=(.*?): Error whilst parsing .*\n(\S.*)", message, re.S):
+        return f"{trace[1]}: {trace[2]}"
+    if missing_file := re.search("No such file or directory: '.*'", message):
+        return f"{missing_file[0]}; configs/ has a file for each recipe"
     return message or type(error).__name__
 
 
@@ -36,3 +60,45 @@ def unquote(text: str) -> str:
     except (SyntaxError, ValueError):
         return ""
     return found if isinstance(found, str) else ""
+
+
+def refuse_without_effect(program: str) -> None:
+    """UserError if the user, or the user's own config file, sets what ``program`` ignores.
+
+    On the command line that is what differs from the file, in the file what differs from the one
+    of ``configs/`` that it is most like.
+    """
+    flag: Any = flags.FLAGS["config"]
+    config, file = flatten(flag.value.to_dict()), config_of_file(flag.config_filename)
+    shipped = [config_of_file(str(path)) for path in sorted(_SHIPPED.glob("[a-z]*.py"))]
+    refuse_other_fields(flag.config_filename, file, shipped)
+    given = differing(config, file)
+    most_alike = min(shipped, key=lambda other: len(differing(file, other)))
+    for name in differing(file, most_alike):  # the command line may mend it
+        if name not in given and effects.ignored([name], file):
+            given.append(name)
+    effects.refuse(given, config, program)
+
+
+def config_of_file(path: str) -> dict[str, Any]:
+    """The fields of a config as its file has them, without those of the command line."""
+    parser: Any = flags.FLAGS["config"].parser
+    return flatten(parser.parse(path).to_dict())
+
+
+def refuse_other_fields(path: str, file: dict[str, Any], shipped: list[dict[str, Any]]) -> None:
+    """UserError if a config file has a field that none of ``shipped`` has, or lacks one of all."""
+    known = sorted({name for other in shipped for name in other})
+    for name in (name for name in file if name not in known):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean config.{near[0]}?" if near else "configs/default.py lists all fields"
+        raise UserError(f"{path}: there is no field config.{name}; {hint}")
+    for name in (name for name in known if name not in file):
+        if all(name in other for other in shipped):
+            start = "begin with that of configs/default.py and change what you want"
+            raise UserError(f"{path}: its config has no field {name}; {start}")
+
+
+def differing(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The fields of ``config`` that ``other`` lacks or has another value of."""
+    return [name for name, value in config.items() if name not in other or other[name] != value]

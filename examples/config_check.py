@@ -9,7 +9,13 @@ from examples.errors import UserError
 
 
 def check(config: Any) -> None:
-    """Refuses values that no run can use, before anything is read or written."""
+    """UserError for a value that no run can use, or not on these devices."""
+    check_values(config)
+    check_devices(config)
+
+
+def check_values(config: Any) -> None:
+    """UserError for a value that no run can use."""
     at_least = dict.fromkeys(("batch_size", "eval_batch_size", "num_epochs", "accumulate"), 1)
     at_least |= dict.fromkeys(("eval_every", "keep"), 1)
     at_least |= dict.fromkeys(("warmup_epochs", "clip_norm", "log_every", "checkpoint_every"), 0)
@@ -45,6 +51,10 @@ def check(config: Any) -> None:
     for name, choices in (("nonfinite", ("stop", "skip")), ("on_bad", ("refuse", "skip"))):
         if config[name] not in choices:
             raise UserError(f"config.{name} must be one of {choices}, got {config[name]!r}")
+
+
+def check_devices(config: Any) -> None:
+    """UserError where the devices cannot share a batch evenly."""
     if not 0 <= config.devices <= jax.device_count():
         raise UserError(
             f"config.devices must be in [0, {jax.device_count()}], got {config.devices}"

@@ -8,6 +8,7 @@ breast cancer and digits: no step size is given, and none is tuned.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from sklearn import datasets, linear_model, svm
 from sklearn.metrics.pairwise import rbf_kernel
 
 import nag_jax
+from examples.errors import UserError
+from examples.paths import expand
 from nag_jax import proximal
 
 
@@ -186,10 +189,32 @@ def plot(path: Path, steps: int = 1500) -> None:
     figure.savefig(path, dpi=150)
 
 
+def check_path(path: Path) -> None:
+    """UserError where no plot can be saved, before the minute that it takes to compute one."""
+    from matplotlib.figure import Figure
+
+    if path.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
+        known = ".png, .pdf, .svg or another suffix that matplotlib knows"
+        raise UserError(f"--plot={path}: must end with {known}")
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UserError(f"--plot={path}: {wrong}; name a file in a folder that exists")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--plot", type=Path, help="where to save the plot of gaps")
-    arguments = parser.parse_args()
+    parser.add_argument("--plot", help="where to save the plot of gaps")
+    try:
+        solve_all(parser.parse_args().plot)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def solve_all(plotted: str | None) -> None:
+    """Prints the table, then plots."""
+    path = expand(plotted) if plotted is not None else None
+    if path is not None:
+        check_path(path)
     jax.config.update("jax_enable_x64", True)
     print(f"{'problem':28} {'steps':>6} {'reason':>10} {'objective':>13} {'against sklearn':>16}")
     for problem in problems():
@@ -201,8 +226,8 @@ def main() -> None:
             f"{problem.name:28} {int(result.steps):6} {reason:>10} {ours:13.8f} "
             f"{(ours - theirs) / theirs:16.1e}"
         )
-    if arguments.plot:
-        plot(arguments.plot)
+    if path is not None:
+        plot(path)
 
 
 if __name__ == "__main__":

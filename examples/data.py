@@ -1,6 +1,7 @@
 """Data sets that fit in memory, as arrays; those that do not are read by ``streaming.py``."""
 
 import pydoc_data.topics
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from examples.errors import UserError
+from examples.paths import expand
 from examples.readers import read_cifar, read_idx, read_text
 
 _DEBIAN = Path("/usr/share/datasets")
@@ -38,6 +40,16 @@ def load(config: Any) -> Dataset:
         known = ", ".join([*_LOADERS, "shards"])
         raise UserError(f"config.dataset must be one of {known}, got {config.dataset!r}")
     return _LOADERS[config.dataset](config)
+
+
+def fingerprint(dataset: Dataset) -> int:
+    """A CRC-32 of all that is in it, by which a run knows its data again, wherever they lie."""
+    found = zlib.crc32(repr(dataset.names).encode())
+    for split in (dataset.train, dataset.test):
+        for name, array in sorted(split.items()):
+            found = zlib.crc32(repr((name, array.shape, array.dtype.str)).encode(), found)
+            found = zlib.crc32(np.ascontiguousarray(array).data, found)
+    return found
 
 
 def _digits(config: Any) -> Dataset:
@@ -77,7 +89,7 @@ def _mnist_like(name: str, names: tuple[str, ...], how_to_get: str) -> Callable[
         return dict(x=x[..., None], y=y.astype(np.int32))
 
     def load(config: Any) -> Dataset:
-        folder = Path(config.data_dir) if config.data_dir else _DEBIAN / name
+        folder = expand(config.data_dir) if config.data_dir else _DEBIAN / name
         train, test = split(folder, "train"), split(folder, "t10k")
         if train["x"].shape[1:] != test["x"].shape[1:]:
             raise UserError(
@@ -99,7 +111,7 @@ def _cifar10(config: Any) -> Dataset:
         parts = []
         for name in names:
             try:
-                path = _find(Path(config.data_dir), name)
+                path = _find(expand(config.data_dir), name)
                 parts.append(read_cifar(path))
                 _check_labels(path, parts[-1][1], len(_CIFAR))
             except UserError as error:
@@ -127,7 +139,7 @@ def _diabetes(config: Any) -> Dataset:
 
 def _text(config: Any) -> Dataset:
     if config.text_file:
-        text, source = read_text(Path(config.text_file)), config.text_file
+        text, source = read_text(expand(config.text_file)), config.text_file
     else:
         text, source = "\n".join(pydoc_data.topics.topics.values()), "Python's documentation"
     names = tuple(sorted(set(text)))

@@ -6,6 +6,7 @@ Each worker trains on a part of the data of its own. All runs see the same batch
 how often the workers communicate: one mean of a params-sized tree every H steps.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from ml_collections import config_flags
 
 import nag_jax
 from examples import data, optimizer, steps, tasks
+from examples.command_line import parse_flags, refuse_without_effect
 from examples.compiling import jit
+from examples.diloco_check import check, check_sizes, check_task
 from examples.errors import UserError
 
 AXIS = "workers"
@@ -33,7 +36,7 @@ class Row(NamedTuple):
 
     method: str
     every: int  # steps between two means: H
-    learning_rate: float  # peak, of the inner steps
+    learning_rate: float  # peak, of the inner steps; NaN: nag_auto finds its own
     loss: float  # at eval_params
     loss_at_params: float  # after the last outer step: at the slow copy
     bytes_per_step: float  # that each worker puts into a mean
@@ -43,13 +46,6 @@ def over_workers(function: Callable, mode: str, workers: int) -> Callable:
     """``function`` of one worker on stacks with a row for each; its mean over AXIS is over them."""
     if mode == "vmap":
         return jax.vmap(function, axis_name=AXIS)
-    if mode != "shard_map":
-        raise UserError(f"config.local.mode must be vmap or shard_map, got {mode!r}")
-    if workers > jax.device_count():
-        raise UserError(
-            f"config.local.workers={workers} is more than the {jax.device_count()} devices; on CPU "
-            f"set JAX_NUM_CPU_DEVICES={workers}, or use --config.local.mode=vmap"
-        )
     mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(AxisType.Auto,))
     row, rows = (lambda x: x[0]), (lambda x: x[None])
     one = lambda *stacks: jax.tree.map(rows, function(*jax.tree.map(row, stacks)))
@@ -90,7 +86,9 @@ def make_rounds(
 
 
 def run(config: Any, dataset: data.Dataset, every: int, learning_rate: float) -> Row:
-    """Trains with an outer step after each ``every`` steps; 0: fully synchronous NAG."""
+    """Trains with an outer step after each ``every`` steps; 0: fully synchronous."""
+    check(config)
+    check_sizes(config, dataset)
     local, synchronous = config.local, every == 0
     workers, every = local.workers, max(every, 1)
     share = len(dataset.train["x"]) // workers
@@ -98,11 +96,7 @@ def run(config: Any, dataset: data.Dataset, every: int, learning_rate: float) ->
     samples = jax.tree.map(parts, dataset.train)
     order = batches(config, share)
 
-    config = config.copy_and_resolve_references()
-    config.learning_rate = learning_rate
-    task = tasks.make(config, dataset, jax.random.key(config.seed))
-    inner = optimizer.make(config, share * workers // config.batch_size, order.shape[1])
-    transformation = inner.transformation
+    task, transformation = make(config, dataset, learning_rate, order.shape[1])
     if not synchronous:
         outside = dict(learning_rate=local.outer_learning_rate, momentum=local.outer_momentum)
         transformation = nag_jax.diloco(transformation, AXIS, every=every, **outside)
@@ -121,16 +115,30 @@ def run(config: Any, dataset: data.Dataset, every: int, learning_rate: float) ->
     params, opt_state = jax.tree.map(lambda x: x[0], jax.device_get(state))
     evaluate = steps.make_evaluate(task, config.eval_batch_size)
     test = jax.device_put(dataset.test)
+    name = "NAG" if config.optimizer.name == "nag" else config.optimizer.name
     sums = lambda params: jax.device_get(evaluate(params, task.rest, test))
     loss = lambda params: float(task.summarize(sums(params))["loss"])
     return Row(
-        method="synchronous NAG" if synchronous else "DiLoCo",
+        method=f"synchronous {name}" if synchronous else "DiLoCo",
         every=every,
-        learning_rate=learning_rate,
-        loss=loss(nag_jax.eval_params(params, opt_state)),
+        learning_rate=math.nan if name == "nag_auto" else learning_rate,
+        loss=loss(steps.evaluation_params(params, opt_state)),
         loss_at_params=loss(params),
         bytes_per_step=sum(4 * x.size for x in jax.tree.leaves(params)) / every,
     )
+
+
+def make(
+    config: Any, dataset: data.Dataset, learning_rate: float, total_steps: int
+) -> tuple[tasks.Task, optax.GradientTransformationExtraArgs]:
+    """What is learned, and the inner optimizer."""
+    config = config.copy_and_resolve_references()
+    config.learning_rate = learning_rate
+    task = tasks.make(config, dataset, jax.random.key(config.seed))
+    check_task(config, task)
+    per_epoch = len(dataset.train["x"]) // config.local.workers * config.local.workers
+    inner = optimizer.make(config, per_epoch // config.batch_size, total_steps)
+    return task, inner.transformation
 
 
 def batches(config: Any, share: int) -> np.ndarray:
@@ -139,39 +147,35 @@ def batches(config: Any, share: int) -> np.ndarray:
     The same in all runs: as many steps as the largest H divides.
     """
     workers, size = config.local.workers, config.batch_size // config.local.workers
-    if config.batch_size % workers or not 0 < size <= share:
-        raise UserError(
-            f"config.batch_size={config.batch_size} must be a multiple of "
-            f"config.local.workers={workers}, for {share} samples each at most"
-        )
-    if any(max(config.local.every) % every for every in config.local.every):
-        raise UserError(f"config.local.every={config.local.every} must divide the largest of them")
     per_epoch = share // size
     rng = np.random.default_rng(config.seed)
     epoch = lambda: rng.permutation(share)[: per_epoch * size].reshape(per_epoch, size)
     orders = [[epoch() for _ in range(config.num_epochs)] for _ in range(workers)]
     order = np.stack([np.concatenate(epochs) for epochs in orders]).astype(np.int32)
     rounds = order.shape[1] // max(config.local.every)
-    if not rounds:
-        raise UserError(f"{order.shape[1]} steps are fewer than {max(config.local.every)}")
     return order[:, : rounds * max(config.local.every)]
 
 
 def table(config: Any) -> list[Row]:
     """The synchronous run, then one for each H; each is printed as it ends."""
+    check(config)
     dataset, local = data.load(config), config.local
-    print(f"{'method':16} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
+    check_sizes(config, dataset)
+    make(config, dataset, config.learning_rate, 1)  # mistakes come before the first line
+    print(f"{'method':22} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
     rows = []
     for every in (0, *local.every):
         rate = local.learning_rate if every else config.learning_rate
         rows.append(run(config, dataset, every, rate))
-        print("{:16} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
+        print("{:22} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
     return rows
 
 
 def main(arguments: list[str]) -> None:
-    del arguments
+    if len(arguments) > 1:
+        sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
     try:
+        refuse_without_effect("examples.diloco")
         table(flags.FLAGS.config)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -180,4 +184,4 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "File with the run's config.", lock_config=True)
     flags.mark_flags_as_required(["config"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,7 +1,6 @@
 """Where batches come from: arrays on the device, or shards on disk."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from examples.compiling import jit
 from examples.data import Dataset
 from examples.errors import UserError
 from examples.layout import Layout
+from examples.paths import expand
 from examples.streaming import (
     BatchStream,
     ShardedSource,
@@ -107,7 +107,12 @@ class StreamFeed:
 
 def open_stream(config: Any) -> tuple[Dataset, ShardedSource]:
     """Training shards in ``data_dir/train``; those in ``data_dir/test`` are read into memory."""
-    folder = Path(config.data_dir)
+    if not config.data_dir:
+        raise UserError(
+            "config.dataset=shards needs --config.data_dir=FOLDER, with FOLDER/train and "
+            "FOLDER/test as examples.streaming.write_shards writes them"
+        )
+    folder = expand(config.data_dir)
     source = open_shards(folder / "train", config.on_bad)
     test = open_shards(folder / "test", config.on_bad)
     if source.meta._replace(rows=0) != test.meta._replace(rows=0):

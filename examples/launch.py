@@ -21,10 +21,10 @@ _GRACE = 30  # seconds to end by themselves after one has failed
 def main() -> None:
     options = parse(sys.argv[1:])
     address = f"localhost:{free_port()}"
-    stopping = threading.Event()
+    stopping, resumable = threading.Event(), threading.Event()
     children = [start(options, number, address) for number in range(options.processes)]
     printers = [
-        threading.Thread(target=tell, args=(child, number), daemon=True)
+        threading.Thread(target=tell, args=(child, number, resumable), daemon=True)
         for number, child in enumerate(children)
     ]
     for printer in printers:
@@ -48,7 +48,8 @@ def main() -> None:
     for printer in printers:
         printer.join()
     if first is not None:
-        sys.exit("launch: the same command goes on from the last checkpoint")
+        goes_on = resumable.is_set() or children[first].returncode < 0  # and not after a mistake
+        sys.exit("launch: the same command goes on from the last checkpoint" if goes_on else 1)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -88,10 +89,15 @@ def start(options: argparse.Namespace, number: int, address: str) -> subprocess.
     )  # fmt: skip
 
 
-def tell(child: subprocess.Popen[str], number: int) -> None:
-    """Prints what a process says, the first as it is, the others with their number."""
+def tell(child: subprocess.Popen[str], number: int, resumable: threading.Event) -> None:
+    """Prints what a process says, the first as it is, the others with their number.
+
+    Sets ``resumable`` where one of them says that the same command goes on.
+    """
     assert child.stdout is not None
     for line in child.stdout:
+        if "the same command" in line:
+            resumable.set()
         if not line.startswith("[Gloo] Rank "):
             sys.stdout.write(line if number == 0 else f"[{number}] {line}")
             sys.stdout.flush()

@@ -4,6 +4,7 @@
 devices where there is only a CPU.
 """
 
+import argparse
 import os
 
 # Before jax starts: 8 virtual devices, and threads enough that they do not wait for each other.
@@ -50,6 +51,11 @@ def train(mode, mesh, optimizer):
 
 
 def main():
+    argparse.ArgumentParser(
+        prog="python -m examples.multi_device",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
     optimizer = nag_jax.nag(0.05, 0.9)
     first, _, loss = train("jit", mesh, optimizer)

@@ -56,7 +56,7 @@ def make(
     if name == "nag_then_sgd":
         schedule, momentum = _hand_over(config)
     used: dict[str, Any] = {"learning_rate": schedule}
-    used |= {"momentum": momentum} if name not in _WITHOUT_MOMENTUM else {}
+    used |= {"momentum": momentum} if name not in WITHOUT_MOMENTUM else {}
 
     def hyperparameters(opt_state: Any, step: int, scale: float) -> dict[str, Any]:
         found = {n: float(rules.at_step(v, jnp.asarray(step))) for n, v in used.items()}
@@ -140,9 +140,8 @@ _RULES: dict[str, Callable[[optax.ScalarOrSchedule], rules.Rule]] = {
     "srsgd": lambda momentum: rules.srsgd(),
 }
 _SCHEDULED = ("nag", "averaged", "lookahead", "snoo", "heavy_ball", "nag_auto")  # config.momentum
-_WITHOUT_MOMENTUM = {"sgd", "estimate_sequence", *_RULES} - {
-    "heavy_ball"
-}  # or with one of their own
+# Or with one of their own.
+WITHOUT_MOMENTUM = {"sgd", "estimate_sequence", *_RULES} - {"heavy_ball"}
 
 
 def _transformation(

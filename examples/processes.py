@@ -94,6 +94,11 @@ def sum_over_all(counts: Any) -> Any:
     return tree.unflatten([(int(low) + 2**32 * int(high)) % 2**64 for low, high in totals])
 
 
+def all_have(value: int) -> bool:
+    """True if all processes have this number; False in one of them at least, if not."""
+    return sum_over_all(value) == value * jax.process_count() % 2**64
+
+
 def end_at_once(message: str) -> NoReturn:
     """Ends a process among several with code 1; a usual exit would wait for the others."""
     print(message, file=sys.stderr)

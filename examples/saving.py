@@ -4,30 +4,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples import processes
+from examples import effects, processes
 from examples.checkpoints import Checkpoints, Restored
 from examples.errors import UserError
 from examples.reporting import Reporter
 from examples.steps import TrainState
 from examples.tasks import Task
-from examples.workdir import refuse_other
+from examples.workdir import flatten, refuse_other, refuse_other_data
 
 
 class Saver:
     """The checkpoints of a run in ``workdir/checkpoints``, and in ``workdir/best`` the best."""
 
-    def __init__(self, workdir: Path, config: Any, task: Task):
+    def __init__(self, workdir: Path, config: Any, task: Task, fingerprint: int):
         self._config, self._task, self._workdir = config, task, workdir
+        self._fingerprint = fingerprint  # of the data
         self._checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
         self._best: Checkpoints | None = None
         self._saved: int | None = None
 
     def restore(self, state: TrainState) -> Restored | None:
         """The newest checkpoint, with the shapes and shardings of ``state``, if there is one."""
-        accept = lambda meta: refuse_other(self._workdir, meta["config"], self._config)
-        restored = self._checkpoints.restore(state, accept)
+        restored = self._checkpoints.restore(state, self._accept)
         self._saved = restored.step if restored else None
         return restored
+
+    def _accept(self, meta: dict[str, Any]) -> None:
+        refuse_other(self._workdir, meta["config"], self._config)
+        refuse_other_data(self._workdir, meta.get("fingerprint"), self._fingerprint, self._config)
 
     def begin(self) -> None:
         """Prepares the folders for what this run will save."""
@@ -44,6 +48,7 @@ class Saver:
         reporter.flush()
         self.refuse_nonfinite(state, step)
         meta = {"config": self._config.to_dict(), "history": reporter.history, "data": position}
+        meta["fingerprint"] = self._fingerprint
         if self._best is not None:
             self._best.wait()  # a checkpoint goes on after the best one before it, never without
         self._checkpoints.save(step, state, json.loads(json.dumps(meta)))
@@ -75,10 +80,18 @@ class Saver:
         if skipped and self._config.nonfinite == "stop":
             raise UserError(
                 f"the loss or its gradient was not finite in {skipped} steps before step {step}; "
-                "the last checkpoint is from before; try, in another --workdir, a learning rate "
-                f"below {self._config.learning_rate:g}, --config.clip_norm=1.0, or "
-                "--config.nonfinite=skip"
+                "the last checkpoint is from before; try, in another --workdir, "
+                f"{remedies(self._config)}"
             )
+
+
+def remedies(config: Any) -> str:
+    """What may keep the loss of this config finite: nothing that it would ignore."""
+    found = []
+    if not effects.ignored(["learning_rate"], flatten(config.to_dict())):
+        found.append(f"a learning rate below {config.learning_rate:g}")
+    below = config.clip_norm / 10 or 1.0
+    return ", ".join([*found, f"--config.clip_norm={below:g}", "or --config.nonfinite=skip"])
 
 
 def is_best(task: Task, history: list[dict[str, float]], step: int) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.errors import UserError
+from examples.paths import expand
 from examples.shards import DTYPES, Meta, Pair, check_targets
 
 
@@ -22,7 +23,7 @@ def write_shards(
     Raises:
       UserError: if the folder cannot be written, or the chunks do not fit together.
     """
-    folder = Path(folder)
+    folder = expand(folder)
     if rows_per_shard < 1 or classes < 0:
         raise UserError(
             f"need rows_per_shard >= 1 and classes >= 0, got {rows_per_shard} and {classes}"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.errors import UserError
+from examples.paths import expand
 
 DTYPES = ("float32", "float16", "uint8")
 Pair = tuple[np.ndarray, np.ndarray]
@@ -106,7 +107,7 @@ def open_shards(folder: str | Path, on_bad: str = "skip") -> ShardedSource:
     """
     if on_bad not in ("skip", "refuse"):
         raise UserError(f"on_bad must be 'skip' or 'refuse', got {on_bad!r}")
-    folder = Path(folder)
+    folder = expand(folder)
     meta = _read_meta(folder / "meta.json")
     names, problems = _find_shards(folder)
     shards: list[Shard] = []

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import nag_jax
 from examples.compiling import jit
 from examples.models import BATCH_NORM_MOMENTUM
 from examples.tasks import Batch, Sums, Task
@@ -138,6 +139,14 @@ def epoch_order(key: jax.Array, epoch: int, samples: int) -> jax.Array:
     """The order of the samples in an epoch: a permutation that depends on key and epoch alone."""
     key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
     return jax.random.permutation(jax.random.fold_in(key, 1), samples)
+
+
+def evaluation_params(params: Any, opt_state: Any) -> Any:
+    """The iterate of NAG; other optimizers keep it as their params."""
+    keeps_it = lambda s: isinstance(s, nag_jax.AccelerateState | nag_jax.OuterState)
+    if any(map(keeps_it, jax.tree.leaves(opt_state, is_leaf=keeps_it))):
+        return nag_jax.eval_params(params, opt_state)
+    return params
 
 
 def make_evaluate(task: Task, batch_size: int) -> Callable[[Any, Any, Batch], Sums]:

@@ -70,6 +70,13 @@ class Classification(Task):
         self.names, self.augmentation = dataset.names, config.augment
         self.mean, self.std = dataset.mean, dataset.std
         shape, rngs = dataset.train["x"].shape[1:], nnx.Rngs(key)
+        if len(shape) != 3 and any(
+            (config.augment.flip, config.augment.shift, config.augment.zoom)
+        ):
+            raise UserError(
+                f"config.augment is for images, config.dataset={config.dataset} has {kind(dataset)}"
+                "; set its flip to False and its shift and zoom to 0"
+            )
         super().__init__(image_model(config.model, shape, len(dataset.names), rngs))
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:

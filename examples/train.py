@@ -6,7 +6,6 @@ The same command again goes on from the newest checkpoint, to the same numbers b
 import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +13,12 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import nag_jax
 from examples import data, feeds, lr_finder, optimizer, plots, processes, steps, stopping, tasks
-from examples.command_line import parse_flags
+from examples.command_line import parse_flags, refuse_without_effect
 from examples.config_check import check
 from examples.errors import UserError
 from examples.layout import Layout
+from examples.paths import expand
 from examples.reporting import Reporter, Row, describe
 from examples.saving import Saver
 from examples.signals import StopRequest, forget
@@ -40,6 +39,7 @@ class Setup(NamedTuple):
     state: steps.TrainState
     total: int  # updates in all
     layout: Layout
+    fingerprint: int  # of the data; of a stream, of what is read before it starts
 
 
 def set_up(config: Any) -> Setup:
@@ -57,7 +57,13 @@ def set_up(config: Any) -> Setup:
     maker = optimizer.make(config, feed.steps_per_epoch, total)
     state = steps.initial_state(task, maker.transformation, run_key, feed.samples)
     test = layout.put_whole(dataset.test)
-    return Setup(task, feed, test, maker, layout.put_whole(state), total, layout)
+    fingerprint = data.fingerprint(dataset)
+    if not processes.all_have(fingerprint):
+        raise UserError(
+            f"the processes found different data for config.dataset={config.dataset}; give all of "
+            "them the same files"
+        )
+    return Setup(task, feed, test, maker, layout.put_whole(state), total, layout, fingerprint)
 
 
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
@@ -68,12 +74,12 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
     processes call it alike, with one ``workdir`` that all of them reach.
     """
     check(config)
-    task, feed, test, maker, state, total, layout = set_up(config)
+    workdir = expand(workdir)
+    task, feed, test, maker, state, total, layout, fingerprint = set_up(config)
     steps_per_epoch = feed.steps_per_epoch
 
-    workdir = Path(workdir)
     claim(workdir, config)
-    saver = Saver(workdir, config, task)
+    saver = Saver(workdir, config, task, fingerprint)
     history: list[Row] = []
     over = ""  # why it ended early
     if restored := saver.restore(state):
@@ -167,17 +173,15 @@ def due(config: Any, step: int, steps_per_epoch: int, total: int) -> Due:
 def find_learning_rate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     """In place of training; see :mod:`examples.lr_finder`."""
     check(config)
-    setup, workdir = set_up(config), Path(workdir)
+    workdir = expand(workdir)
+    setup = set_up(config)
     claim(workdir, config)
     return lr_finder.find(config, workdir, setup)
 
 
 def evaluation_params(state: steps.TrainState) -> Any:
     """The iterate of NAG; other optimizers keep it as their params."""
-    keeps_it = lambda s: isinstance(s, nag_jax.AccelerateState | nag_jax.OuterState)
-    if any(map(keeps_it, jax.tree.leaves(state.opt_state, is_leaf=keeps_it))):
-        return nag_jax.eval_params(state.params, state.opt_state)
-    return state.params
+    return steps.evaluation_params(state.params, state.opt_state)
 
 
 def next_stop(config: Any, step: int, steps_per_epoch: int, total: int) -> int:
@@ -198,6 +202,7 @@ def main(arguments: list[str]) -> None:
     sys.unraisablehook = forget  # and tensorstore of what nobody waits for
     options = flags.FLAGS
     try:
+        refuse_without_effect("examples.train")
         processes.join(
             options.coordinator,
             options.num_processes,

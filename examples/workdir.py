@@ -7,8 +7,8 @@ from typing import Any
 from examples import processes
 from examples.errors import UserError
 
-# May change when a run goes on.
-_FREE = {"data_dir", "devices", "checkpoint_every", "keep", "tensorboard"}
+# May change when a run goes on; where the data lie, too, as their fingerprint may not.
+_FREE = {"data_dir", "text_file", "devices", "checkpoint_every", "keep", "tensorboard"}
 _FREE |= {"find_lr", "sweep.low", "sweep.high", "sweep.steps"}
 
 
@@ -52,6 +52,22 @@ def refuse_other(workdir: Path, saved: dict[str, Any], config: Any) -> None:
                 f"{theirs.get(name)!r}, here {ours.get(name)!r}; choose another --workdir or "
                 "remove that one"
             )
+
+
+def refuse_other_data(workdir: Path, saved: int | None, found: int, config: Any) -> None:
+    """UserError if the fingerprint of the data is not that of the run in ``workdir``."""
+    if saved is None:
+        raise UserError(
+            f"{workdir} holds a run of an older version, which did not save what tells its data "
+            "from others; choose another --workdir"
+        )
+    if saved != found:
+        place = config.data_dir or config.text_file
+        data = f"config.dataset={config.dataset}" + (f" in {place}" if place else "")
+        raise UserError(
+            f"{workdir} holds a run on other data than {data} has now; bring back those that it "
+            "began with, or choose another --workdir"
+        )
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """minimize on scikit-learn's problems: as low as its solution, without a step size."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax.numpy as jnp
 import pytest
 
@@ -7,6 +11,8 @@ pytest.importorskip("sklearn")
 
 import nag_jax
 from examples import convex
+
+ROOT = Path(__file__).parent.parent
 
 NAMES = (
     "lasso, diabetes",
@@ -38,3 +44,35 @@ def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib")
     convex.plot(tmp_path / "gaps.png", steps=3)
     assert (tmp_path / "gaps.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none/gaps.png", "there is no folder {folder}/none; name a file in a folder that exists"),
+        ("gaps.xyz", "must end with .png, .pdf, .svg or another suffix that matplotlib knows"),
+        ("gaps", "must end with .png, .pdf, .svg or another suffix that matplotlib knows"),
+        ("folder.png", "is a folder; name a file in a folder that exists"),
+    ],
+)
+def test_where_no_plot_can_be_saved(tmp_path, monkeypatch, capsys, path, message):
+    """Said at once, not after the minute that it takes to compute one."""
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["convex", f"--plot=~/{path}"])
+    with pytest.raises(SystemExit) as end:
+        convex.main()
+    place = f"error: --plot={tmp_path / path}: "
+    assert end.value.code == place + message.format(folder=tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("program", ["convex", "diloco", "launch", "multi_device", "train"])
+def test_help_starts_nothing(program):
+    result = subprocess.run(
+        [sys.executable, "-m", f"examples.{program}", "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.stderr == ""
+    assert "-h" in result.stdout
+    assert "loss 0." not in result.stdout

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("ml_collections")
 
 from configs import diloco as recipe
+from configs import mlp
 from examples import data, diloco
 from examples.errors import UserError
 
@@ -76,3 +77,50 @@ def test_mistakes_are_named(config):
     config.local.update(workers=8, every=(3, 4))
     with pytest.raises(UserError, match=r"must divide the largest"):
         diloco.run(config, dataset, 4, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "local", "message"),
+    [
+        (dict(seed=-1), {}, r"config\.seed must be in \[0, 2\*\*32\), got -1"),
+        (dict(batch_size=0), {}, r"config\.batch_size must be at least 1, got 0"),
+        (dict(num_epochs=1), dict(every=(1, 128)), r"=1 makes 18 steps, fewer than the 128 of"),
+        (dict(dataset="shards"), {}, r"config\.dataset=shards is for examples\.train only"),
+        (dict(task="adversarial"), {}, r"config\.task=adversarial is for examples\.train only"),
+        ({}, dict(workers=0), r"config\.local\.workers must be at least 1, got 0"),
+        ({}, dict(every=()), r"config\.local\.every must be positive ints, got \(\)"),
+        ({}, dict(every=(4, 0)), r"config\.local\.every must be positive ints, got \(4, 0\)"),
+        ({}, dict(learning_rate=-1.0), r"config\.local\.learning_rate must be in \[0, inf\)"),
+        ({}, dict(outer_learning_rate=np.nan), r"outer_learning_rate must be in .*, got nan"),
+        ({}, dict(outer_momentum=1.0), r"config\.local\.outer_momentum must be in \[0, 1\), got 1"),
+        (dict(momentum=2.0), {}, r"config: momentum must be in \[0, 1\), got 2"),
+        (
+            dict(task="classification", dataset="digits", model=dict(name="resnet", channels=(2,))),
+            {},
+            r"config\.model\.name=resnet has BatchNorm: use examples\.train",
+        ),
+    ],
+)
+def test_bad_values_are_named_before_the_table(config, capsys, changes, local, message):
+    config.update(changes)
+    config.local.update(local)
+    with pytest.raises(UserError, match=message):
+        diloco.table(config)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_config_without_workers():
+    with pytest.raises(UserError, match=r"no group config\.local; take configs/diloco\.py"):
+        diloco.table(mlp.get_config())
+
+
+def test_other_optimizers_take_the_place_of_nag(config, capsys):
+    config.optimizer.name, config.learning_rate = "adam", 0.01
+    config.local.update(every=(4,), learning_rate=0.01)
+    rows = diloco.table(config)
+    assert [row.method for row in rows] == ["synchronous adam", "DiLoCo"]
+    assert rows[0].loss == rows[0].loss_at_params
+    assert all(row.loss < 2.89 for row in rows)
+    assert "synchronous adam" in capsys.readouterr().out
+    config.optimizer.name = "nag_auto"
+    assert all(np.isnan(row.learning_rate) for row in diloco.table(config))

@@ -216,6 +216,39 @@ def test_flags_that_do_not_fit(server, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_with_different_data(server, tmp_path):
+    """Each would train on its own half of two data sets."""
+    rng, port = np.random.default_rng(0), launch.free_port()
+    processes = []
+    for number in range(2):
+        for name in ("train", "test"):
+            x = rng.standard_normal((64, 12)).astype(np.float32)
+            streaming.write_shards(tmp_path / str(number) / name, [(x, np.arange(64) % 3)], 50, 3)
+        command = [sys.executable, "-m", "examples.train", "--config=configs/mlp.py", *OPTIONS]
+        command += ["--config.dataset=shards", f"--config.data_dir={tmp_path / str(number)}"]
+        command += [f"--workdir={tmp_path / 'run'}", f"--coordinator=localhost:{port}"]
+        command += ["--num_processes=2", f"--process_id={number}"]
+        environment = server.environment | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+        processes.append(subprocess.Popen(
+            command, cwd=forks.ROOT, env=environment, text=True, stderr=subprocess.PIPE
+        ))  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    message = "error: the processes found different data for config.dataset=shards; give all of"
+    assert all(message in error for error in errors), errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_of_a_mistake(server, tmp_path):
+    """The same command would make it again."""
+    run = Launched(server, tmp_path / "run", *OPTIONS, "--config.optimizer.name=sgdm")
+    assert run.end() == 1
+    log = run.log.read_text()
+    assert "error: config.optimizer.name must be one of nag, " in log
+    assert "the others are stopped" in log
+    assert "goes on" not in log
+
+
 def test_a_launcher_without_a_command():
     command = [sys.executable, "-m", "examples.launch", "--processes=0", "--", "--config=x"]
     result = subprocess.run(command, cwd=forks.ROOT, capture_output=True, text=True, timeout=60)

@@ -1,6 +1,7 @@
 """The trainer learns, repeats itself to the bit, goes on where it stopped, and names mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -10,7 +11,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from test_data import write_cifar
+from test_data import write_cifar, write_dataset
 
 from examples import command_line, data, train
 from examples.checkpoints import Checkpoints
@@ -290,6 +291,70 @@ def test_a_finished_run_is_not_repeated(tmp_path, capsys):
     assert rows_of(tmp_path) == first
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def write_small_shards(folder):
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        x = rng.integers(0, 256, (80, 6, 5, 1), np.uint8)
+        write_shards(folder / name, [(x, np.arange(80) % 3)], 30, 3)
+
+
+def write_text(folder):
+    (folder / "text").write_text("to be, or not to be: that is the question. " * 60)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "write", "changed"),
+    [
+        ("mnist", write_dataset, "train-images-idx3-ubyte"),
+        ("mnist", write_dataset, "t10k-images-idx3-ubyte"),
+        ("shards", write_small_shards, "train/x-00002.npy"),
+        ("shards", write_small_shards, "test/x-00000.npy"),
+        ("text", write_text, "text"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys, dataset, write, changed):
+    """Wherever they lie now, and however alike the others are."""
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    chosen = config("rnn" if dataset == "text" else "mlp", dataset=dataset, batch_size=4)
+    chosen.model.update(hidden_sizes=(4,), hidden=4, length=16)
+    chosen.num_epochs, chosen.data_dir = 1, str(tmp_path / "data")
+    chosen.text_file = str(tmp_path / "data" / "text") if dataset == "text" else ""
+    train.train_and_evaluate(chosen, tmp_path / "run")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    chosen.data_dir = chosen.data_dir.replace("/data", "/moved")
+    chosen.text_file = chosen.text_file.replace("/data", "/moved")
+    train.train_and_evaluate(chosen, tmp_path / "run")
+    assert "finished before" in capsys.readouterr().out
+    before = rows_of(tmp_path / "run")
+    flip_a_bit(tmp_path / "moved" / changed)
+    for _ in ("finished", "interrupted"):
+        message = rf"holds a run on other data than config\.dataset={dataset} in .*moved.* has now"
+        with pytest.raises(UserError, match=message):
+            train.train_and_evaluate(chosen, tmp_path / "run")
+        (tmp_path / "run" / "curves.png").unlink(missing_ok=True)
+    assert rows_of(tmp_path / "run") == before
+
+
+def test_a_run_of_a_version_that_did_not_know_its_data(tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def without(self, step, state, meta):
+        save(self, step, state, {k: v for k, v in meta.items() if k != "fingerprint"})
+
+    monkeypatch.setattr(Checkpoints, "save", without)
+    chosen = config(num_epochs=1)
+    train.train_and_evaluate(chosen, tmp_path)
+    with pytest.raises(UserError, match=r"of an older version, .*; choose another --workdir"):
+        train.train_and_evaluate(chosen, tmp_path)
+
+
 def test_a_run_that_failed_early_may_be_mended(tmp_path):
     with pytest.raises(UserError, match=r"not finite in .* below 10000"):
         train.train_and_evaluate(config(learning_rate=1e4), tmp_path)
@@ -365,6 +430,12 @@ def test_bad_values_are_named(tmp_path, changes, message):
         ("--workdir=", "--workdir is empty"),
         ("--config.optimizer.name=sgdm", "config.optimizer.name must be one of nag"),
         ("--config=configs/missing.py", "No such file or directory: 'configs/missing.py'"),
+        ("--config=", "Path to config file is an empty string"),
+        (
+            "--config=configs/mlp.py:a",
+            "configs/mlp.py:a: TypeError: get_config() takes 0 positional",
+        ),
+        ("--config.help", "lists all fields with their meaning, --help the other options"),
         ("--learning_rate=1", "Unknown command line flag 'learning_rate'"),
         ("extra", "unknown arguments extra"),
     ],
@@ -378,10 +449,44 @@ def test_command_line_mistakes_give_one_line(tmp_path, option, message):
     assert result.stdout == ""
 
 
+def test_options_that_are_missing():
+    command = [sys.executable, "-m", "examples.train"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    message = "error: --config and --workdir must be given; --help lists all options\n"
+    assert (result.returncode, result.stderr) == (1, message)
+
+
 def test_mistakes_in_the_file_of_a_config_are_told_as_they_are():
     message = "'NoneType' object has no attribute 'x'"
     assert command_line.describe(AttributeError(message)) == message
     assert command_line.describe(AssertionError()) == "AssertionError"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "write"), [("mnist", write_dataset), ("shards", write_small_shards)]
+)
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, dataset, write):
+    """In ``--workdir=~/run`` the shell leaves it as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    write_text(tmp_path)
+    chosen = config(dataset=dataset, batch_size=4, data_dir="~/data", num_epochs=1)
+    chosen.model.hidden_sizes = (4,)
+    train.train_and_evaluate(chosen, "~/run")
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert data.load(config("rnn", text_file="~/text")).train["x"].shape[1] == 65
+    shutil.copy(ROOT / "configs" / "mlp.py", tmp_path / "own.py")
+    assert command_line.with_home("--config=~/own.py") == f"--config={tmp_path / 'own.py'}"
+    assert command_line.with_home("--config.text_file=~/a") == "--config.text_file=~/a"
+    with pytest.raises(UserError, match=r"~nobody-here/run: no such home folder"):
+        train.train_and_evaluate(chosen, "~nobody-here/run")
+
+
+def test_shards_without_a_folder(tmp_path):
+    message = r"config\.dataset=shards needs --config\.data_dir=FOLDER, with FOLDER/train and"
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(config(dataset="shards"), tmp_path)
 
 
 def test_unusable_workdir_gives_one_line(tmp_path):
