@@ -5,6 +5,7 @@ import numbers
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 _T = TypeVar("_T")
@@ -17,25 +18,31 @@ def check_range(
     high: float = math.inf,
     *,
     low_open: bool = False,
+    high_closed: bool = False,
+    schedule: bool = False,
     hint: str = "",
 ) -> None:
-    """Raises ValueError unless ``value`` is a schedule, a tracer or a number in ``[low, high)``.
+    """Raises ValueError unless ``value`` is a tracer or a number in ``[low, high)``.
 
-    Schedules are only known step by step and tracers only at run time, so both pass.
+    A schedule passes where one is allowed. It is only known step by step, as a tracer is only at
+    run time.
     """
-    if callable(value) or isinstance(value, Tracer):
+    if isinstance(value, Tracer) or (schedule and callable(value)):
         return
-    allowed = f"{'(' if low_open else '['}{low:g}, {high:g})"
+    allowed = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high_closed else ')'}"
     advice = f"; {hint}" if hint else ""
     try:
-        if isinstance(value, str):  # which float() would parse
+        if isinstance(value, str | bytes) or np.ndim(value):  # which float() would take, too
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        other = " or a schedule" if schedule else ", not a schedule" if callable(value) else ""
         raise ValueError(
-            f"{name} must be a number in {allowed} or a schedule, got {value!r}{advice}"
+            f"{name} must be a number in {allowed}{other}, got {value!r}{advice}"
         ) from None
-    if not (low < number if low_open else low <= number) or not number < high:
+    above = low < number if low_open else low <= number
+    below = number <= high if high_closed else number < high
+    if not (above and below):
         raise ValueError(f"{name} must be in {allowed}, got {number:g}{advice}")
 
 

@@ -114,7 +114,7 @@ def nag_auto(
       this library, chosen on the tasks of benchmarks/auto.py, the MLP and the quadratics of
       benchmarks/speedup.
     """
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     check_momentum(momentum)
     check_choice("evaluate", evaluate, ("average", "iterate"))
     kernel = accelerate(rules.nesterov(momentum), accumulator_dtype=accumulator_dtype)

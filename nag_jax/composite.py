@@ -145,7 +145,7 @@ def _method(
     name: str, learning_rate: optax.ScalarOrSchedule, prox: Prox, table: list[tuple[float, ...]]
 ) -> optax.GradientTransformationExtraArgs:
     """The method of the table's rows: gamma, shift, direct, pull, beta, kappa of each step."""
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     check_prox(prox)
 
     def init(params: optax.Params) -> AccelerateState:

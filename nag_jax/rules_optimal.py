@@ -279,8 +279,7 @@ def robust_momentum(q: float, robustness: float = 0.5) -> Rule:
       functions, 2017, arXiv:1710.04753.
     """
     q = check_conditioning(q, below_one=True)
-    if not 0.0 <= robustness <= 1.0:
-        raise ValueError(f"robustness must be in [0, 1], got {robustness!r}")
+    check_range("robustness", robustness, 0.0, 1.0, high_closed=True)
     rho = robustness * (1 - q) + (1 - robustness) * (1 - q**0.5)
     alpha = (1 - rho) ** 2 * (1 + rho) / q
     return lessard(alpha, beta=rho**3 / (1 - q), gamma=rho**3 / ((1 / q - 1) * q * alpha))

@@ -57,6 +57,8 @@ def sutskever(
     check_range("final_momentum", final_momentum, 0.0, 1.0)
     check_count("period", period)
     check_range("final_steps", final_steps, 0)
+    if total_steps is not None:
+        check_range("total_steps", total_steps, 0)
     if total_steps is not None and not total_steps > final_steps:
         raise ValueError(
             f"total_steps={total_steps!r} must be more than final_steps={final_steps}, the length "
