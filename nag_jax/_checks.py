@@ -20,14 +20,21 @@ def check_range(
     low_open: bool = False,
     high_closed: bool = False,
     schedule: bool = False,
+    static: bool = False,
     hint: str = "",
 ) -> None:
     """Raises ValueError unless ``value`` is a tracer or a number in ``[low, high)``.
 
     A schedule passes where one is allowed. It is only known step by step, as a tracer is only at
-    run time.
+    run time; where the number must be ``static``, a tracer is refused.
     """
-    if isinstance(value, Tracer) or (schedule and callable(value)):
+    if isinstance(value, Tracer):
+        if static:
+            raise ValueError(
+                f"{name} must be known while tracing, got {value!r}; {as_static(name)}"
+            )
+        return
+    if schedule and callable(value):
         return
     allowed = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high_closed else ')'}"
     advice = f"; {hint}" if hint else ""
@@ -64,8 +71,13 @@ def check_count(
         return
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < low:
-        advice = f"; {hint}" if hint else ""
+        advice = "".join(f"; {text}" for text in (hint, static and as_static(name)) if text)
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}{advice}")
+
+
+def as_static(name: str) -> str:
+    """What to do where argument ``name`` came as an array and has to be known while tracing."""
+    return f'under inject_hyperparams name it in static_args=("{name}",)'
 
 
 def check_optimizer(name: str, value: Any) -> None:
@@ -82,7 +94,7 @@ def check_dtype(name: str, dtype: Any) -> None:
     if dtype is not None and not is_floating(dtype):
         raise ValueError(
             f"{name} must be a floating dtype such as jnp.float32, or None for the dtype of each "
-            f'parameter, got {dtype!r}; under inject_hyperparams name it in static_args=("{name}",)'
+            f"parameter, got {dtype!r}; {as_static(name)}"
         )
 
 

@@ -72,8 +72,7 @@ def check_momentum(momentum: optax.ScalarOrSchedule) -> None:
 
 def check_horizon(horizon: Any) -> None:
     """Raises ValueError unless ``horizon`` is an integer of at least 1."""
-    hint = 'the number of steps; under inject_hyperparams name it in static_args=("horizon",)'
-    check_count("horizon", horizon, static=True, hint=hint)
+    check_count("horizon", horizon, static=True, hint="the number of steps")
 
 
 def optimized_t(horizon: int) -> list[float]:

@@ -88,7 +88,7 @@ def outer(
     """
     check_optimizer("inner", inner)
     check_optimizer("outer_optimizer", outer_optimizer)
-    check_count("every", every, hint='under inject_hyperparams name it in static_args=("every",)')
+    check_count("every", every, static=True)
     check_dtype("slow_dtype", slow_dtype)
     inner = optax.with_extra_args_support(inner)
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)

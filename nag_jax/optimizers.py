@@ -171,8 +171,8 @@ def nag_then_sgd(
             )
     check_range("learning_rate", learning_rate, 0.0)
     check_momentum(momentum)
-    check_range("switch_step", switch_step, 0)
-    check_range("transition_steps", transition_steps, 0, switch_step + 1)
+    check_range("switch_step", switch_step, 0, static=True)
+    check_range("transition_steps", transition_steps, 0, switch_step + 1, static=True)
     effective = learning_rate / (1 - momentum)
     target = effective if sgd_learning_rate is None else sgd_learning_rate
     check_range("sgd_learning_rate", target, 0.0)

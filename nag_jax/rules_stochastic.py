@@ -4,10 +4,12 @@ All are in units of the parameters like Nesterov's own: they stand after the lea
 their docstring says otherwise.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from nag_jax._checks import check_range
 from nag_jax._rule import Coefficients, Rule, at_step, check_momentum, constant, first_step
@@ -220,7 +222,9 @@ def accsgd(kappa: float = 1000.0, xi: float = 10.0, small_const: float = 0.7) ->
     """
     check_range("kappa", kappa, 1.0)
     check_range("small_const", small_const, 0.0, 1.0, low_open=True, high_closed=True)
-    check_range("xi", xi, 0.0, kappa / small_const**2, low_open=True)
+    limit = kappa / small_const**2
+    # A traced limit is known at run time only.
+    check_range("xi", xi, 0.0, math.inf if isinstance(limit, Tracer) else limit, low_open=True)
     beta = 1 - small_const**2 * xi / kappa
     zeta = small_const / (small_const + beta)
     weight = (1 - zeta) * (beta * kappa / small_const - 1)

@@ -161,7 +161,7 @@ def backtracking(
             return (short | ~telling) & jnp.isfinite(after), telling
 
         first, still = carry.learning_rate == 0, carry.momentum == 0
-        begin = jnp.full_like(value, initial or 0)
+        begin = jnp.full_like(value, 0 if initial is None else initial)
         if initial is None:
             # In the middle of what doubling and halving leave open.
             begin = 2**0.5 * guess(value, dot(g, g))
