@@ -4,6 +4,7 @@ import math
 import numbers
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -111,6 +112,18 @@ def given_params(name: str, params: _T | None) -> _T:
     if params is None:
         raise ValueError(f"{name} needs params: call optimizer.update(gradients, state, params)")
     return params
+
+
+def given_scalar(name: str, value: Any) -> jax.Array:
+    """``value`` as an array; ValueError unless it is one real number."""
+    try:
+        x = jnp.asarray(value)
+        got = f"{x.dtype}{list(x.shape)}"
+    except (TypeError, ValueError):
+        x, got = None, repr(value)
+    if x is None or x.ndim or jnp.iscomplexobj(x):
+        raise ValueError(f"{name} must be a real scalar, got {got}; reduce it to one number")
+    return x
 
 
 def check_prox(prox: Any) -> None:

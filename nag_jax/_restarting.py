@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nag_jax._arithmetic import map_gradients, varying_axes, wide
+from nag_jax._checks import given_scalar
 from nag_jax._rule import Coefficients
 
 
@@ -51,11 +52,18 @@ def decide(
     """Whether to restart now, and the state after that."""
     v = map_gradients(lambda u, m: wide(m) + wide(u), u, m)
     dot = lambda a, b: inner_product(a, b, axis_name)
-    fire, remembered = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
-    return jnp.asarray(fire), RestartState(
-        restarts=state.restarts + jnp.asarray(fire, jnp.int32),
+    loss = None if loss is None else given_scalar("value", loss)
+    result = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(
+            f"a restart condition must return a pair (fire, remembered), got {result!r}"
+        )
+    fire = given_scalar("what a restart condition returns first", result[0]).astype(bool)
+    remembered = given_scalar("what a restart condition returns second", result[1])
+    return fire, RestartState(
+        restarts=state.restarts + fire.astype(jnp.int32),
         steps=jnp.where(fire, 0, state.steps + 1),
-        remembered=jnp.asarray(remembered, state.remembered.dtype),
+        remembered=remembered.astype(state.remembered.dtype),
     )
 
 

@@ -8,7 +8,7 @@ import optax
 
 from nag_jax import _restarting
 from nag_jax._arithmetic import filled, map_gradients, real_like, wide, wide_zeros
-from nag_jax._checks import check_range
+from nag_jax._checks import check_range, given_scalar
 from nag_jax._rule import Coefficients, Rule, first_step
 from nag_jax._step_size import guess, within
 from nag_jax.kernel import AccelerateState, accelerate
@@ -115,7 +115,7 @@ def adanag(
                 "params, value=value)"
             )
         lr, k, g = state.learning_rate, state.kernel.carry, updates
-        value = jnp.asarray(value, lr.dtype)
+        value = given_scalar("value", value).astype(lr.dtype)
         first, second = lr == 0, (lr > 0) & (k == 0)
         dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(lr.dtype)
         last = map_gradients(lambda g, last: last, g, state.gradient)

@@ -339,3 +339,36 @@ def test_errors():
         kernel.update(jnp.ones(2), kernel.init(jnp.ones(2)))
     with pytest.raises(ValueError, match=r"n must be an int of at least 1, got 0"):
         restart.every(0)
+
+
+BAD_RESULTS = {
+    "two fires": (lambda s: (s.u < 0, s.remembered), "returns first must be .* got bool[2]"),
+    "two memories": (lambda s: (False, s.v), "returns second must be .* got float32[2]"),
+    "no memory": (lambda s: (False, None), "returns second must be a real scalar, got None"),
+    "text": (lambda s: ("yes", 0.0), "returns first must be a real scalar, got 'yes'"),
+    "one": (lambda s: s.steps > 3, "must return a pair (fire, remembered), got"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RESULTS)
+def test_what_a_condition_must_return(name):
+    condition, message = BAD_RESULTS[name]
+    kernel = nag_jax.accelerate(rules.fista(), restart=condition)
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
+        kernel.update(jnp.ones(2), kernel.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [(jnp.ones(3), r"float32\[3\]"), (1j, r"complex64\[\]"), ("low", "'low'")]
+)
+def test_the_value_must_be_one_number(given, got):
+    chain = optimizer(rules.fista(), restart.value)
+    message = f"value must be a real scalar, got {got}; reduce it to one number"
+    for tx in (chain, nag_jax.backtracking(), nag_jax.adanag()):
+        with pytest.raises(ValueError, match=message):
+            tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3), value=given, value_fn=jnp.sum)
+    tx = nag_jax.backtracking()
+    with pytest.raises(ValueError, match=r"what value_fn returns must be .* got float32\[3\]"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3), value=1.0, value_fn=jnp.abs)
+    _, state = chain.update(jnp.ones(3), chain.init(jnp.ones(3)), value=2)
+    assert optax.tree.get(state, "remembered") == 2
