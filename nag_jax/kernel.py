@@ -61,8 +61,9 @@ def accelerate(
       restart: a condition from ``nag_jax.restart`` that empties the buffer and starts the rule
         anew, so that the next params are params + u; None: never. It needs a rule with d = l = 1.
         How often it fired is in the state: ``optax.tree.get(state, "restarts")``.
-      axis_name: inside ``shard_map`` or ``pmap``, the axis or axes over which leaves are sharded,
-        for a restart that all devices agree on; None where every device holds all of each leaf.
+      axis_name: inside ``shard_map`` or ``pmap``, the axis or axes over which leaves are sharded or
+        devices have a ``value`` of their own, for a restart that all devices agree on; None where
+        every device holds all of each leaf and the same value.
       accumulator_dtype: floating dtype of the buffer, or a storage such as
         ``nag_jax.stochastic_bfloat16()`` or ``nag_jax.int8_blocks()``; default: the dtype of
         each parameter. Complex parameters keep a complex buffer of at least that precision.
