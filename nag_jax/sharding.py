@@ -77,7 +77,8 @@ def zero1(
         return whole
 
     def split(tree: Any) -> Any:
-        return jax.tree.map(lambda x: place(x, sharding(x)), tree)
+        arrays = jax.tree.map(jnp.asarray, tree)  # a leaf may be a Python number
+        return jax.tree.map(lambda x: place(x, sharding(x)), arrays)
 
     def gather(tree: Any) -> Any:
         return jax.tree.map(lambda x: place(x, whole), tree)
