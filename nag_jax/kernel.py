@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 
 from nag_jax import _restarting, _storage
-from nag_jax._arithmetic import map_gradients
+from nag_jax._arithmetic import cast_like, map_gradients
 from nag_jax._rule import Rule, Scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
@@ -124,7 +124,7 @@ def accelerate(
         m, memory = storage.store(new, state.m, state.storage)
         # From the stored buffer, so that x_eval = params + readout*m holds for rounded ones too.
         updates = map_gradients(
-            lambda u, m: _mix(c.direct, u, c.lookahead, m).astype(u.dtype),
+            lambda u, m: cast_like(_mix(c.direct, u, c.lookahead, m), u),
             updates,
             _storage.read(m, memory),
         )

@@ -108,6 +108,7 @@ def outer(
     ) -> tuple[optax.Updates, OuterState]:
         params = given_params("outer", params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
         steps = state.steps + 1
 
         def stay(updates: Any, slow: Any, outer_state: Any) -> Any:

@@ -8,7 +8,7 @@ import optax
 
 from nag_jax._arithmetic import (
     applied,
-    dtype_of,
+    cast_like,
     filled,
     map_gradients,
     real_like,
@@ -78,7 +78,7 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
         moves = map_gradients(
             lambda u, old, new: jnp.where(accept, u, -old) + new, steps, state.m, m
         )
-        updates = map_gradients(lambda u, move: move.astype(dtype_of(u)), updates, moves)
+        updates = map_gradients(lambda u, move: cast_like(move, u), updates, moves)
         # What low-precision params round away goes into the buffer, so that x is not rounded.
         m = map_gradients(
             lambda u, p, move, m, old: (m + (applied(u, p) - move)).astype(old.dtype),

@@ -212,7 +212,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
             if dtype_of(p) != jnp.bfloat16:
                 return u
             wide = p.astype(jnp.float32)
-            target = wide + u.astype(jnp.float32)
+            target = wide + jnp.asarray(u, jnp.float32)
             return to_bfloat16(target, uniform_bits(state.key, leaf, p.shape)) - wide
 
         updates = map_numbered(rounded, updates, params)

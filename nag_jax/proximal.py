@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import map_gradients, proximal_step, real_like
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like
 from nag_jax._checks import check_prox, check_range, given_params
 
 Prox = Callable[[Any, Any], Any]
@@ -83,7 +83,7 @@ def prox_step(
         params = given_params("prox_step", params)
         lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
         steps = proximal_step(prox, updates, params, lr)
-        updates = map_gradients(lambda g, u: u.astype(g.dtype), updates, steps)
+        updates = map_gradients(lambda g, u: cast_like(u, g), updates, steps)
         if scheduled:
             state = ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
         return updates, state

@@ -9,7 +9,15 @@ import optax
 
 from nag_jax import _restarting
 from nag_jax import restart as conditions
-from nag_jax._arithmetic import dtype_of, filled, map_gradients, proximal_step, real_like, wide
+from nag_jax._arithmetic import (
+    cast_like,
+    dtype_of,
+    filled,
+    map_gradients,
+    proximal_step,
+    real_like,
+    wide,
+)
 from nag_jax._checks import check_prox, check_range, given_scalar
 from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import AccelerateState
@@ -197,9 +205,9 @@ def backtracking(
         # Without a step m' - m, which is (1 - new_t/t) m'.
         ahead = jnp.where(ok, 1, 1 - new_t / t)
         updates = map_gradients(
-            lambda g, u, m: (
-                jnp.where(ok, wide(u), jnp.zeros_like(wide(u))) + real_like(ahead, m) * wide(m)
-            ).astype(g.dtype),
+            lambda g, u, m: cast_like(
+                jnp.where(ok, wide(u), jnp.zeros_like(wide(u))) + real_like(ahead, m) * wide(m), g
+            ),
             g,
             u,
             m,

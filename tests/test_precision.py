@@ -373,6 +373,16 @@ def test_rounded_parameters_are_what_apply_updates_lands_on():
     assert not np.array_equal(again["h"], updates["h"])
 
 
+def test_updates_may_be_python_numbers():
+    tail, params = nag_jax.stochastic_rounding(), jnp.ones([], jnp.bfloat16)
+    first, second = (tail.update(u, tail.init(params), params)[0] for u in (0.01, jnp.array(0.01)))
+    assert first == second != 0
+    for make in STORAGES.values():
+        kernel = nag_jax.accelerate(rules.nesterov(0.9), accumulator_dtype=make())
+        results = [kernel.update(u, kernel.init(jnp.ones([]))) for u in (0.3, jnp.array(0.3))]
+        chex.assert_trees_all_equal(*results)
+
+
 def test_errors():
     for make in (*STORAGES.values(), nag_jax.stochastic_rounding):
         with pytest.raises(ValueError, match=r"seed must be an integer, got 0\.5"):

@@ -393,3 +393,15 @@ def test_monotone_fista_says_what_an_objective_is():
     tx = nag_jax.monotone_fista(jnp.abs)
     with pytest.raises(ValueError, match=r"what objective returns must be .* got float32\[2\]"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+
+
+def test_monotone_fista_takes_python_numbers():
+    tx = nag_jax.monotone_fista(lambda p: p["a"] ** 2 + p["b"] ** 2)
+    params, updates = {"a": 1.0, "b": jnp.ones([])}, {"a": -0.5, "b": jnp.float32(-0.5)}
+    state = tx.init(params)
+    for _ in range(2):
+        out, state = tx.update(updates, state, params)
+        assert out["a"] == out["b"]
+        assert out["a"].dtype == jnp.float32
+        assert state.m["a"] == state.m["b"]
+        params = optax.apply_updates(params, out)
