@@ -365,6 +365,12 @@ def test_replicas_in_sync():
     assert nag_jax.replicas_in_sync(unequal(P("data"), **two))
 
 
+def test_replicas_in_sync_refuses_what_is_traced():
+    for transform in (jax.jit, jax.vmap, jax.pmap):
+        with pytest.raises(ValueError, match=r"arrays on devices, got .* for \['w'\]; call it out"):
+            transform(nag_jax.replicas_in_sync)({"w": jnp.ones((1, 3))})
+
+
 @pytest.mark.parametrize(
     ("mode", "clip", "scalars"), [("jit", False, 2), ("shard_map", False, 0), ("jit", True, 3)]
 )
