@@ -55,9 +55,10 @@ def decide(
     # Else each device would decide by the loss of its own rows, and the copies part.
     loss = None if loss is None else _mean(given_scalar("value", loss), axis_name)
     result = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
-    if not (isinstance(result, tuple) and len(result) == 2):
+    if not (isinstance(result, tuple | list) and len(result) == 2):
         raise ValueError(
-            f"a restart condition must return a pair (fire, remembered), got {result!r}"
+            f"a restart condition must return a pair (fire, remembered), got {result!r}; return "
+            "seen.remembered where there is nothing to remember"
         )
     fire = given_scalar("what a restart condition returns first", result[0]).astype(bool)
     remembered = given_scalar("what a restart condition returns second", result[1])
