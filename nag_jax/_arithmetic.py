@@ -18,6 +18,11 @@ def wide(x: Any) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def cast_like(x: jax.Array, other: Any) -> jax.Array:
+    """``x`` in the dtype of ``other``, an array or a Python number."""
+    return x.astype(dtype_of(other))
+
+
 def wide_zeros(params: Any) -> Any:
     """Zeros like ``params``, in float32 at least."""
     wider = lambda p: jnp.promote_types(dtype_of(p), jnp.float32)

@@ -4,7 +4,9 @@ import math
 import numbers
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 _T = TypeVar("_T")
@@ -17,25 +19,38 @@ def check_range(
     high: float = math.inf,
     *,
     low_open: bool = False,
+    high_closed: bool = False,
+    schedule: bool = False,
+    static: bool = False,
     hint: str = "",
 ) -> None:
-    """Raises ValueError unless ``value`` is a schedule, a tracer or a number in ``[low, high)``.
+    """Raises ValueError unless ``value`` is a tracer or a number in ``[low, high)``.
 
-    Schedules are only known step by step and tracers only at run time, so both pass.
+    A schedule passes where one is allowed. It is only known step by step, as a tracer is only at
+    run time; where the number must be ``static``, a tracer is refused.
     """
-    if callable(value) or isinstance(value, Tracer):
+    if isinstance(value, Tracer):
+        if static:
+            raise ValueError(
+                f"{name} must be known while tracing, got {value!r}; {as_static(name)}"
+            )
         return
-    allowed = f"{'(' if low_open else '['}{low:g}, {high:g})"
+    if schedule and callable(value):
+        return
+    allowed = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high_closed else ')'}"
     advice = f"; {hint}" if hint else ""
     try:
-        if isinstance(value, str):  # which float() would parse
+        if isinstance(value, str | bytes) or np.ndim(value):  # which float() would take, too
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        other = " or a schedule" if schedule else ", not a schedule" if callable(value) else ""
         raise ValueError(
-            f"{name} must be a number in {allowed} or a schedule, got {value!r}{advice}"
+            f"{name} must be a number in {allowed}{other}, got {value!r}{advice}"
         ) from None
-    if not (low < number if low_open else low <= number) or not number < high:
+    above = low < number if low_open else low <= number
+    below = number <= high if high_closed else number < high
+    if not (above and below):
         raise ValueError(f"{name} must be in {allowed}, got {number:g}{advice}")
 
 
@@ -57,8 +72,13 @@ def check_count(
         return
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < low:
-        advice = f"; {hint}" if hint else ""
+        advice = "".join(f"; {text}" for text in (hint, static and as_static(name)) if text)
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}{advice}")
+
+
+def as_static(name: str) -> str:
+    """What to do where argument ``name`` came as an array and has to be known while tracing."""
+    return f'under inject_hyperparams name it in static_args=("{name}",)'
 
 
 def check_optimizer(name: str, value: Any) -> None:
@@ -75,7 +95,7 @@ def check_dtype(name: str, dtype: Any) -> None:
     if dtype is not None and not is_floating(dtype):
         raise ValueError(
             f"{name} must be a floating dtype such as jnp.float32, or None for the dtype of each "
-            f'parameter, got {dtype!r}; under inject_hyperparams name it in static_args=("{name}",)'
+            f"parameter, got {dtype!r}; {as_static(name)}"
         )
 
 
@@ -92,6 +112,18 @@ def given_params(name: str, params: _T | None) -> _T:
     if params is None:
         raise ValueError(f"{name} needs params: call optimizer.update(gradients, state, params)")
     return params
+
+
+def given_scalar(name: str, value: Any) -> jax.Array:
+    """``value`` as an array; ValueError unless it is one real number."""
+    try:
+        x = jnp.asarray(value)
+        got = f"{x.dtype}{list(x.shape)}"
+    except (TypeError, ValueError):
+        x, got = None, repr(value)
+    if x is None or x.ndim or jnp.iscomplexobj(x):
+        raise ValueError(f"{name} must be a real scalar, got {got}; reduce it to one number")
+    return x
 
 
 def check_prox(prox: Any) -> None:

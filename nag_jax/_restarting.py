@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nag_jax._arithmetic import map_gradients, varying_axes, wide
+from nag_jax._checks import given_scalar
 from nag_jax._rule import Coefficients
 
 
@@ -19,7 +20,7 @@ class Seen(NamedTuple):
     u: Any  # like params
     v: Any  # x_{k+1} - x_k = m + u, like params
     dot: Callable[[Any, Any], jax.Array]  # real inner product over all leaves and devices
-    value: Any  # of the loss at params, if update was called with value=
+    value: Any  # of the loss at params, if update was called with value=; mean over devices
 
 
 class RestartState(NamedTuple):
@@ -51,11 +52,20 @@ def decide(
     """Whether to restart now, and the state after that."""
     v = map_gradients(lambda u, m: wide(m) + wide(u), u, m)
     dot = lambda a, b: inner_product(a, b, axis_name)
-    fire, remembered = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
-    return jnp.asarray(fire), RestartState(
-        restarts=state.restarts + jnp.asarray(fire, jnp.int32),
+    # Else each device would decide by the loss of its own rows, and the copies part.
+    loss = None if loss is None else _mean(given_scalar("value", loss), axis_name)
+    result = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
+    if not (isinstance(result, tuple | list) and len(result) == 2):
+        raise ValueError(
+            f"a restart condition must return a pair (fire, remembered), got {result!r}; return "
+            "seen.remembered where there is nothing to remember"
+        )
+    fire = given_scalar("what a restart condition returns first", result[0]).astype(bool)
+    remembered = given_scalar("what a restart condition returns second", result[1])
+    return fire, RestartState(
+        restarts=state.restarts + fire.astype(jnp.int32),
         steps=jnp.where(fire, 0, state.steps + 1),
-        remembered=jnp.asarray(remembered, state.remembered.dtype),
+        remembered=remembered.astype(state.remembered.dtype),
     )
 
 
@@ -93,7 +103,7 @@ def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
     alone = axis_name is None and _on_one_cpu(a, b)
     in_slices = lambda x: functools.reduce(jnp.add, _sum_slices(x.reshape(-1)))
     terms = [in_slices(x) if alone and x.size >= _LARGE else jnp.sum(x) for x in _products(a, b)]
-    axes = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    axes = _names(axis_name)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [varying_axes(x) & set(axes) for x in terms]
     over = [tuple(vary) if any(varying) else axes for vary in varying]
@@ -103,6 +113,17 @@ def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
         for i, term in zip(members, summed, strict=True):
             terms[i] = term
     return terms
+
+
+def _mean(x: jax.Array, axis_name: Any) -> jax.Array:
+    """Over the devices of ``axis_name``, where shard_map does not tell that all hold the same."""
+    axes = _names(axis_name)
+    over = tuple(axis for axis in axes if axis in varying_axes(x)) or axes
+    return jax.lax.pmean(wide(x), over) if over else x
+
+
+def _names(axis_name: Any) -> tuple[Any, ...]:
+    return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
 def _products(a: Any, b: Any) -> list[jax.Array]:

@@ -26,7 +26,8 @@ def check_seed(seed: Any) -> None:
     """Raises ValueError unless ``seed`` is an integer in [0, 2**32), or traced."""
     if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         raise ValueError("seed must be an integer, got a key; use jax.random.bits(key)")
-    if callable(seed) or (not hasattr(seed, "dtype") and not isinstance(seed, int)):
+    whole = jnp.issubdtype(seed.dtype, jnp.integer) if hasattr(seed, "dtype") else False
+    if not (whole or isinstance(seed, int)):
         raise ValueError(f"seed must be an integer, got {seed!r}")
     check_range("seed", seed, 0, 2**32)
 

@@ -67,13 +67,12 @@ def check_momentum(momentum: optax.ScalarOrSchedule) -> None:
         "for momentum that tends to 1 pass a schedule such as nag_jax.schedules.convex(); "
         "bfloat16 rounds 0.999 to 1, so give inject_hyperparams hyperparam_dtype=jnp.float32"
     )
-    check_range("momentum", momentum, 0.0, 1.0, hint=hint)
+    check_range("momentum", momentum, 0.0, 1.0, schedule=True, hint=hint)
 
 
 def check_horizon(horizon: Any) -> None:
     """Raises ValueError unless ``horizon`` is an integer of at least 1."""
-    hint = 'the number of steps; under inject_hyperparams name it in static_args=("horizon",)'
-    check_count("horizon", horizon, static=True, hint=hint)
+    check_count("horizon", horizon, static=True, hint="the number of steps")
 
 
 def optimized_t(horizon: int) -> list[float]:
@@ -87,12 +86,6 @@ def optimized_t(horizon: int) -> list[float]:
 
 def check_conditioning(q: Any, *, below_one: bool = False) -> Any:
     """``q`` = mu/L as a Python float, a tracer as it is; ValueError outside (0, 1] or (0, 1)."""
-    if isinstance(q, Tracer):
-        return q
-    allowed = "(0, 1)" if below_one else "(0, 1]"
-    if not isinstance(q, str) and 0.0 < q <= 1.0 and not (below_one and q == 1.0):
-        return float(q)
-    raise ValueError(
-        f"q = mu/L must be in {allowed}, got {q!r}; 1/q is the condition number, and without a "
-        "known mu use rules.fista() with a restart"
-    )
+    hint = "1/q is the condition number, and without a known mu use rules.fista() with a restart"
+    check_range("q = mu/L", q, 0.0, 1.0, low_open=True, high_closed=not below_one, hint=hint)
+    return q if isinstance(q, Tracer) else float(q)

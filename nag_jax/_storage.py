@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients
 from nag_jax._blocks import BlockState, decode
-from nag_jax._checks import is_floating
+from nag_jax._checks import as_static, is_floating
 
 
 class Storage(NamedTuple):
@@ -39,8 +39,7 @@ def choose(accumulator_dtype: Any) -> Storage:
         raise ValueError(
             "accumulator_dtype must be a floating dtype such as jnp.float32, a storage such as "
             "nag_jax.stochastic_bfloat16(), or None for the dtype of each parameter, got "
-            f"{accumulator_dtype!r}; under inject_hyperparams name it in "
-            'static_args=("accumulator_dtype",)'
+            f"{accumulator_dtype!r}; {as_static('accumulator_dtype')}"
         )
 
     def store(x: Any, m: Any, memory: Any) -> tuple[Any, Any]:

@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax import _restarting
-from nag_jax._arithmetic import filled, map_gradients, real_like, wide, wide_zeros
-from nag_jax._checks import check_range
+from nag_jax._arithmetic import (
+    cast_like,
+    dtype_of,
+    filled,
+    map_gradients,
+    real_like,
+    wide,
+    wide_zeros,
+)
+from nag_jax._checks import check_range, given_scalar
 from nag_jax._rule import Coefficients, Rule, first_step
 from nag_jax._step_size import guess, within
 from nag_jax.kernel import AccelerateState, accelerate
@@ -115,7 +123,7 @@ def adanag(
                 "params, value=value)"
             )
         lr, k, g = state.learning_rate, state.kernel.carry, updates
-        value = jnp.asarray(value, lr.dtype)
+        value = given_scalar("value", value).astype(lr.dtype)
         first, second = lr == 0, (lr > 0) & (k == 0)
         dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(lr.dtype)
         last = map_gradients(lambda g, last: last, g, state.gradient)
@@ -131,7 +139,7 @@ def adanag(
         inner: Any = kernel.update(u, state.kernel)[1]
         direct = jnp.where(second, lr, 0) - new_lr
         updates = map_gradients(
-            lambda given, g, m: (real_like(direct, g) * g + wide(m)).astype(given.dtype),
+            lambda given, g, m: cast_like(real_like(direct, g) * g + wide(m), given),
             updates,
             g,
             inner.m,
@@ -178,7 +186,7 @@ def _learning_rate(k: jax.Array, s: jax.Array, curvature: jax.Array) -> jax.Arra
 def _curvature(g: Any, before: Any, moved: Any, value: Any, last: Any, dot: Any) -> jax.Array:
     """Of the loss between the last two points; 0 if there is none to see."""
     change = map_gradients(lambda g, before: wide(g) - before, g, before)
-    eps = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(g)), default=0.0)
+    eps = max((float(jnp.finfo(dtype_of(x)).eps) for x in jax.tree.leaves(g)), default=0.0)
     rounding = _ROUNDING * eps * jnp.maximum(jnp.abs(value), jnp.abs(last))
     bent = dot(g, moved) - (value - last)
     bent = jnp.where(bent < rounding, jnp.maximum(dot(change, moved) / 2, 0), bent)

@@ -8,7 +8,15 @@ import numpy as np
 import optax
 
 from nag_jax import rules
-from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide, wide_zeros
+from nag_jax._arithmetic import (
+    applied,
+    cast_like,
+    filled,
+    map_gradients,
+    real_like,
+    wide,
+    wide_zeros,
+)
 from nag_jax._checks import check_choice, check_range, given_params
 from nag_jax._restarting import inner_products
 from nag_jax._rule import at_step, check_momentum
@@ -114,7 +122,7 @@ def nag_auto(
       this library, chosen on the tasks of benchmarks/auto.py, the MLP and the quadratics of
       benchmarks/speedup.
     """
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     check_momentum(momentum)
     check_choice("evaluate", evaluate, ("average", "iterate"))
     kernel = accelerate(rules.nesterov(momentum), accumulator_dtype=accumulator_dtype)
@@ -172,7 +180,7 @@ def nag_auto(
 
         each = jax.tree.unflatten(jax.tree.structure(params), _elements(rates, state.steps))
         steps = map_gradients(
-            lambda g, lr: (-real_like(lr, g) * wide(g)).astype(g.dtype), updates, each
+            lambda g, lr: cast_like(-real_like(lr, g) * wide(g), g), updates, each
         )
         gains = jnp.where(overflow, 0, -rates * along)
         length = jnp.sum(rates**2 * energy[:-1])

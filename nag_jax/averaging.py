@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide, wide_zeros
+from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide_zeros
 from nag_jax._checks import check_optimizer, check_range, given_params
 from nag_jax.kernel import AccelerateState
 
@@ -31,7 +31,8 @@ def averaged(
 
     in which step k of K has weight near :math:`(k/K)^p`: about the last K/(p + 1) steps count,
     however long the run will be. With a constant learning rate it takes the place of a decay to
-    zero, and needs no horizon. It costs one buffer, in float32 at least, of average - params.
+    zero, and needs no horizon. It costs one buffer, in float32 at least, of average - params. A
+    leaf without a gradient (None) is averaged as one that stays where it is.
 
     Args:
       optimizer: a whole optimizer; nothing that changes updates may follow in the chain. If it
@@ -81,11 +82,15 @@ def averaged(
         params = given_params("averaged", params)
         steps, memory = state.carry
         updates, memory = inner.update(updates, memory, params, **extra_args)
-        keep = steps.astype(float) / (steps + 1 + power)
-
-        follow = lambda u, m, p: (real_like(keep, m) * (wide(m) - applied(u, p))).astype(m.dtype)
-        m = filled(map_gradients(follow, updates, state.m, params), state.m)
-        carry = AverageState(steps + 1, memory)
+        k = steps.astype(float)
+        keep = k / (k + 1 + power)
+        # A leaf without an update stays where it is, and its average comes nearer to that.
+        moved = filled(
+            map_gradients(applied, updates, params), jax.tree.map(jnp.zeros_like, state.m)
+        )
+        follow = lambda m, move: (real_like(keep, m) * (m - move)).astype(m.dtype)
+        m = jax.tree.map(follow, state.m, moved)
+        carry = AverageState(jnp.asarray(optax.safe_increment(steps)), memory)
         return updates, AccelerateState(m=m, carry=carry, readout=state.readout)
 
     return optax.GradientTransformationExtraArgs(init, update)

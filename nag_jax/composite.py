@@ -16,7 +16,15 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide, wide_zeros
+from nag_jax._arithmetic import (
+    applied,
+    cast_like,
+    filled,
+    map_gradients,
+    real_like,
+    wide,
+    wide_zeros,
+)
 from nag_jax._checks import check_prox, check_range, given_params
 from nag_jax._rule import at_step, first_step, optimized_t
 from nag_jax.kernel import AccelerateState
@@ -145,7 +153,7 @@ def _method(
     name: str, learning_rate: optax.ScalarOrSchedule, prox: Prox, table: list[tuple[float, ...]]
 ) -> optax.GradientTransformationExtraArgs:
     """The method of the table's rows: gamma, shift, direct, pull, beta, kappa of each step."""
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     check_prox(prox)
 
     def init(params: optax.Params) -> AccelerateState:
@@ -167,7 +175,7 @@ def _method(
         after = prox(point, lr)
         v = map_gradients(lambda g, p, x: wide(x) - wide(p), updates, params, after)
         moves = map_gradients(lambda v, m: mix(direct, v, pull, m), v, state.m)
-        updates = map_gradients(lambda g, move: move.astype(g.dtype), updates, moves)
+        updates = map_gradients(lambda g, move: cast_like(move, g), updates, moves)
         # What low-precision params round away is not lost: the buffer keeps it.
         keep = lambda u, p, move, v, m: mix(beta, m, kappa, v) + move - applied(u, p)
         m = map_gradients(

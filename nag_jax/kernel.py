@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 
 from nag_jax import _restarting, _storage
-from nag_jax._arithmetic import map_gradients
+from nag_jax._arithmetic import cast_like, map_gradients
 from nag_jax._rule import Rule, Scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
@@ -61,8 +61,9 @@ def accelerate(
       restart: a condition from ``nag_jax.restart`` that empties the buffer and starts the rule
         anew, so that the next params are params + u; None: never. It needs a rule with d = l = 1.
         How often it fired is in the state: ``optax.tree.get(state, "restarts")``.
-      axis_name: inside ``shard_map`` or ``pmap``, the axis or axes over which leaves are sharded,
-        for a restart that all devices agree on; None where every device holds all of each leaf.
+      axis_name: inside ``shard_map`` or ``pmap``, the axis or axes over which leaves are sharded or
+        devices have a ``value`` of their own, for a restart that all devices agree on; None where
+        every device holds all of each leaf and the same value.
       accumulator_dtype: floating dtype of the buffer, or a storage such as
         ``nag_jax.stochastic_bfloat16()`` or ``nag_jax.int8_blocks()``; default: the dtype of
         each parameter. Complex parameters keep a complex buffer of at least that precision.
@@ -123,7 +124,7 @@ def accelerate(
         m, memory = storage.store(new, state.m, state.storage)
         # From the stored buffer, so that x_eval = params + readout*m holds for rounded ones too.
         updates = map_gradients(
-            lambda u, m: _mix(c.direct, u, c.lookahead, m).astype(u.dtype),
+            lambda u, m: cast_like(_mix(c.direct, u, c.lookahead, m), u),
             updates,
             _storage.read(m, memory),
         )

@@ -88,7 +88,7 @@ def outer(
     """
     check_optimizer("inner", inner)
     check_optimizer("outer_optimizer", outer_optimizer)
-    check_count("every", every, hint='under inject_hyperparams name it in static_args=("every",)')
+    check_count("every", every, static=True)
     check_dtype("slow_dtype", slow_dtype)
     inner = optax.with_extra_args_support(inner)
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)
@@ -108,6 +108,7 @@ def outer(
     ) -> tuple[optax.Updates, OuterState]:
         params = given_params("outer", params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
         steps = state.steps + 1
 
         def stay(updates: Any, slow: Any, outer_state: Any) -> Any:

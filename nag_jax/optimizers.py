@@ -97,8 +97,8 @@ def nag(
       initialization and momentum in deep learning, ICML 2013, equations 3-4. Loshchilov, Hutter,
       Decoupled weight decay regularization, 2017, arXiv:1711.05101.
     """
-    check_range("learning_rate", learning_rate, 0.0)
-    check_range("weight_decay", weight_decay, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_range("weight_decay", weight_decay, 0.0, schedule=True)
     check_choice("convention", convention, ("optax", "sutskever"))
     check_choice("decay", decay, ("coupled", "decoupled"))
     descent = optax.scale_by_learning_rate(learning_rate)
@@ -165,11 +165,14 @@ def nag_then_sgd(
     """
     for name, value in (("learning_rate", learning_rate), ("momentum", momentum)):
         if callable(value):
-            raise ValueError(f"{name} must be a number here, since the hand-over schedules it")
+            raise ValueError(
+                f"{name} must be a number here, since the hand-over schedules it, got {value!r}; "
+                "for schedules of your own take nag"
+            )
     check_range("learning_rate", learning_rate, 0.0)
     check_momentum(momentum)
-    check_range("switch_step", switch_step, 0)
-    check_range("transition_steps", transition_steps, 0, switch_step + 1)
+    check_range("switch_step", switch_step, 0, static=True)
+    check_range("transition_steps", transition_steps, 0, switch_step + 1, static=True)
     effective = learning_rate / (1 - momentum)
     target = effective if sgd_learning_rate is None else sgd_learning_rate
     check_range("sgd_learning_rate", target, 0.0)

@@ -13,7 +13,7 @@ import optax
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients
 from nag_jax._blocks import BlockState, block_shape, encode, rescale, zero_scales
-from nag_jax._checks import check_range, given_params
+from nag_jax._checks import check_count, given_params
 from nag_jax._rounding import check_seed, next_key, start_key, to_bfloat16, uniform_bits
 from nag_jax._storage import Storage, map_numbered, zeros
 
@@ -100,10 +100,12 @@ def int8_blocks(
 
     Args:
       seed: an integer in [0, 2**32).
-      block_size: most elements of a block, at least 1. 1 + 4/block_size bytes a parameter, or
-        more where few lengths divide an axis.
-      min_size: leaves with fewer elements stay float32, as do complex ones complex64.
-      shards: the largest number of equal shards along one axis that blocks must respect.
+      block_size: most elements of a block, an int of at least 1. 1 + 4/block_size bytes a
+        parameter, or more where few lengths divide an axis.
+      min_size: leaves with fewer elements stay float32, as do empty ones, and complex ones
+        complex64. An int of at least 0.
+      shards: the largest number of equal shards along one axis that blocks must respect, an int of
+        at least 1.
 
     Returns:
       A storage for ``accelerate``, ``nag`` and the recipes.
@@ -124,7 +126,7 @@ def int8_blocks(
     """
     check_seed(seed)
     for name, value in (("block_size", block_size), ("min_size", min_size), ("shards", shards)):
-        check_range(name, value, 0 if name == "min_size" else 1)
+        check_count(name, value, 0 if name == "min_size" else 1, static=True)
 
     def init(params: Any) -> tuple[Any, BlockState]:
         def scale(m: jax.Array) -> jax.Array:
@@ -132,7 +134,7 @@ def int8_blocks(
                 return jnp.zeros_like(m, jnp.int8)
             return zero_scales(m, block_shape(m.shape, block_size, shards))
 
-        m = zeros(params, jnp.int8, min_size)
+        m = zeros(params, jnp.int8, max(min_size, 1))  # there is no block of an empty leaf
         return m, BlockState(start_key(seed), jax.tree.map(scale, m))
 
     def store(x: Any, m: Any, memory: Any) -> tuple[Any, BlockState]:
@@ -210,7 +212,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
             if dtype_of(p) != jnp.bfloat16:
                 return u
             wide = p.astype(jnp.float32)
-            target = wide + u.astype(jnp.float32)
+            target = wide + jnp.asarray(u, jnp.float32)
             return to_bfloat16(target, uniform_bits(state.key, leaf, p.shape)) - wide
 
         updates = map_numbered(rounded, updates, params)

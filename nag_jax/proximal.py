@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import map_gradients, proximal_step, real_like
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like
 from nag_jax._checks import check_prox, check_range, given_params
 
 Prox = Callable[[Any, Any], Any]
@@ -69,7 +69,7 @@ def prox_step(
       problems, SIAM J. Imaging Sciences 2, 2009. Parikh, Boyd, Proximal algorithms, 2014.
     """
     check_prox(prox)
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     scheduled = callable(learning_rate)
 
     def init(params: optax.Params) -> Any:
@@ -83,7 +83,7 @@ def prox_step(
         params = given_params("prox_step", params)
         lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
         steps = proximal_step(prox, updates, params, lr)
-        updates = map_gradients(lambda g, u: u.astype(g.dtype), updates, steps)
+        updates = map_gradients(lambda g, u: cast_like(u, g), updates, steps)
         if scheduled:
             state = ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
         return updates, state
@@ -102,11 +102,12 @@ def l1(strength: Any) -> Prox:
       A prox.
 
     Raises:
-      ValueError: if strength is a negative number.
+      ValueError: if strength is a negative number or none.
 
     >>> print(nag_jax.proximal.l1(1.0)(jnp.array([3.0, -0.5]), 0.5))
     [ 2.5 -0. ]
     """
+    _check_numbers("strength", strength, 0.0)
     return elastic_net(strength, 0.0)
 
 
@@ -121,14 +122,13 @@ def elastic_net(l1: Any, l2: Any) -> Prox:
       A prox.
 
     Raises:
-      ValueError: if one is a negative number.
+      ValueError: if one is a negative number or none.
 
     >>> print(nag_jax.proximal.elastic_net(1.0, l2=2.0)(jnp.array([3.0, -0.5]), 0.5))
     [ 1.25 -0.  ]
     """
-    for name, strengths in (("l1", l1), ("l2", l2)):
-        for strength in jax.tree.leaves(strengths):
-            _check_strength(name, strength)
+    _check_numbers("l1", l1, 0.0)
+    _check_numbers("l2", l2, 0.0)
 
     def shrink(z: jax.Array, weight: Any, ridge: Any, step: Any) -> jax.Array:
         return _shrink(z, jnp.abs(z), step * weight) / real_like(1 + step * ridge, z)
@@ -152,14 +152,13 @@ def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
       A prox.
 
     Raises:
-      ValueError: if strength is a negative number.
+      ValueError: if strength is a negative number or none.
 
     >>> print(nag_jax.proximal.group_l1(1.0)(jnp.array([[3.0, 4.0], [0.1, 0.1]]), 2.5))
     [[1.5 2. ]
      [0.  0. ]]
     """
-    for weight in jax.tree.leaves(strength):
-        _check_strength("strength", weight)
+    _check_numbers("strength", strength, 0.0)
 
     def prox(tree: Any, step: Any) -> Any:
         norm = lambda z: jnp.sqrt(jnp.sum(jnp.abs(z) ** 2, axis=axis, keepdims=True))
@@ -193,11 +192,13 @@ def box(low: Any, high: Any) -> Prox:
       A prox.
 
     Raises:
-      ValueError: if low is a number above high.
+      ValueError: if low is a number above high, or one of them is no number.
 
     >>> print(nag_jax.proximal.box(0.0, 1.0)(jnp.array([3.0, -0.5, 0.5]), 0.1))
     [1.  0.  0.5]
     """
+    _check_numbers("low", low, -jnp.inf, high_closed=True)
+    _check_numbers("high", high, -jnp.inf, high_closed=True)
     numbers = isinstance(low, int | float) and isinstance(high, int | float)
     if numbers and not low <= high:
         raise ValueError(f"low must not be above high, got low={low!r}, high={high!r}")
@@ -228,9 +229,11 @@ def _shrink(z: jax.Array, size: jax.Array, by: Any) -> jax.Array:
     return z * (jnp.maximum(size - real_like(by, size), 0) / safe)
 
 
-def _check_strength(name: str, value: Any) -> None:
-    if jnp.ndim(value) == 0 and not callable(value):
-        check_range(name, value, 0.0)
+def _check_numbers(name: str, tree: Any, low: float, *, high_closed: bool = False) -> None:
+    """Raises ValueError for a leaf that is neither an array nor a number from ``low`` on."""
+    for value in [None] if tree is None else jax.tree.leaves(tree):
+        if getattr(value, "ndim", 0) == 0:
+            check_range(name, value, low, high_closed=high_closed)
 
 
 def _spread(prefix: Any, tree: Any) -> Any:

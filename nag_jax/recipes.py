@@ -63,7 +63,7 @@ def fista(
       problems, SIAM J. Imaging Sciences 2, 2009. O'Donoghue, Candes, Adaptive restart for
       accelerated gradient schemes, 2012, arXiv:1204.3982.
     """
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     head = _descent(learning_rate) if prox is None else prox_step(prox, learning_rate)
     kernel = accelerate(
         rules.fista(), restart=conditions.by_name(restart), accumulator_dtype=accumulator_dtype
@@ -99,7 +99,7 @@ def ogm(
       arXiv:1406.5468. Kim, Fessler, Adaptive restart of the optimized gradient method for convex
       optimization, 2017, arXiv:1703.04641.
     """
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     kernel = accelerate(
         rules.ogm(), restart=conditions.by_name(restart), accumulator_dtype=accumulator_dtype
     )
@@ -131,7 +131,7 @@ def tmm(
       Van Scoy, Freeman, Lynch, The fastest known globally convergent first-order method for
       minimizing strongly convex functions, IEEE Control Systems Letters 2, 2018.
     """
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     return optax.chain(
         _descent(learning_rate), accelerate(rules.tmm(q), accumulator_dtype=accumulator_dtype)
     )
@@ -168,7 +168,7 @@ def lookahead(
       Zhang, Lucas, Hinton, Ba, Lookahead optimizer: k steps forward, 1 step back, 2019,
       arXiv:1907.08610, algorithm 1.
     """
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
     return outer(inner, optax.sgd(learning_rate), every=every, slow_dtype=slow_dtype)
 
 

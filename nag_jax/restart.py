@@ -61,6 +61,8 @@ def value(seen: Seen) -> tuple[Any, Any]:
     """Restarts where the loss at params has grown; update needs ``value=loss`` for that.
 
     Near the minimum differences of values drown in rounding where :func:`gradient` still works.
+    Inside ``shard_map`` or ``pmap`` name the axes of devices that each have a loss of their own in
+    ``accelerate(..., axis_name=...)``: all decide by the mean then, and without it each for itself.
 
     Raises:
       ValueError: from update, if it is called without ``value``.

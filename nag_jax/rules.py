@@ -108,7 +108,7 @@ def trace(
     >>> same_as_sgd = optax.chain(before_lr, optax.scale_by_learning_rate(0.1))
     """
     check_momentum(momentum)
-    check_range("learning_rate", learning_rate, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
 
     def step(k: Any) -> tuple[Any, Coefficients]:
         mu = at_step(momentum, k)
@@ -273,8 +273,8 @@ def estimate_sequence(
       Goldfarb, Bai, Fast first-order methods for composite convex optimization with backtracking,
       Foundations of Computational Mathematics 14, 2014.
     """
-    check_range("learning_rate", learning_rate, 0.0, low_open=True)
-    check_range("strong_convexity", strong_convexity, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, low_open=True, schedule=True)
+    check_range("strong_convexity", strong_convexity, 0.0, schedule=True)
 
     def step(carry: Any) -> tuple[Any, Coefficients]:
         k, alpha = carry

@@ -10,6 +10,7 @@ import itertools
 from typing import Any
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from nag_jax._checks import check_range
 from nag_jax._rule import (
@@ -232,9 +233,11 @@ def lessard(alpha: float, beta: float, gamma: float) -> Rule:
     check_range("alpha", alpha, 0.0, low_open=True)
     check_range("beta", beta, 0.0, 1.0)
     check_range("gamma", gamma, 0.0)
-    if beta == 0 and gamma != 0:
+    traced = isinstance(beta, Tracer) or isinstance(gamma, Tracer)
+    if not traced and beta == 0 and gamma != 0:
         raise ValueError(f"beta must be above 0 where gamma is not 0, got gamma={gamma!r}")
-    ratio = gamma / beta if gamma != 0 else 0.0
+    # gamma/beta, and 0 where both are 0.
+    ratio = gamma / (jnp.where(gamma == 0, 1.0, beta) if traced else beta if gamma else 1.0)
     return constant(
         Coefficients(
             beta=beta,
@@ -279,8 +282,7 @@ def robust_momentum(q: float, robustness: float = 0.5) -> Rule:
       functions, 2017, arXiv:1710.04753.
     """
     q = check_conditioning(q, below_one=True)
-    if not 0.0 <= robustness <= 1.0:
-        raise ValueError(f"robustness must be in [0, 1], got {robustness!r}")
+    check_range("robustness", robustness, 0.0, 1.0, high_closed=True)
     rho = robustness * (1 - q) + (1 - robustness) * (1 - q**0.5)
     alpha = (1 - rho) ** 2 * (1 + rho) / q
     return lessard(alpha, beta=rho**3 / (1 - q), gamma=rho**3 / ((1 / q - 1) * q * alpha))

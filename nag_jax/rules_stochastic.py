@@ -4,10 +4,12 @@ All are in units of the parameters like Nesterov's own: they stand after the lea
 their docstring says otherwise.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from nag_jax._checks import check_range
 from nag_jax._rule import Coefficients, Rule, at_step, check_momentum, constant, first_step
@@ -69,7 +71,7 @@ def qhm(momentum: optax.ScalarOrSchedule = 0.999, nu: optax.ScalarOrSchedule = 0
       Ma, Yarats, Quasi-hyperbolic momentum and Adam for deep learning, 2018, arXiv:1810.06801.
     """
     check_momentum(momentum)
-    check_range("nu", nu, 0.0)
+    check_range("nu", nu, 0.0, schedule=True)
 
     def step(k: Any) -> tuple[Any, Coefficients]:
         mu, weight = at_step(momentum, k), at_step(nu, k)
@@ -152,7 +154,7 @@ def agnes(momentum: optax.ScalarOrSchedule = 0.99, ratio: optax.ScalarOrSchedule
       arXiv:2302.05515.
     """
     check_momentum(momentum)
-    check_range("ratio", ratio, 0.0)
+    check_range("ratio", ratio, 0.0, schedule=True)
 
     def step(k: Any) -> tuple[Any, Coefficients]:
         rho = at_step(momentum, k)
@@ -185,8 +187,7 @@ def mass(alpha: float = 0.05, kappa: float = 12.0) -> Rule:
       Liu, Belkin, Accelerating SGD with momentum for over-parameterized learning, 2018,
       arXiv:1810.13395.
     """
-    if not 0.0 < alpha <= 1.0:
-        raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
+    check_range("alpha", alpha, 0.0, 1.0, low_open=True, high_closed=True)
     check_range("kappa", kappa, 1.0)
     beta = (1 - alpha) / (1 + alpha)
     return constant(Coefficients(beta=beta, kappa=(1 / kappa - alpha) / (1 + alpha)))
@@ -220,9 +221,10 @@ def accsgd(kappa: float = 1000.0, xi: float = 10.0, small_const: float = 0.7) ->
       momentum schemes for stochastic optimization, 2018, arXiv:1803.05591.
     """
     check_range("kappa", kappa, 1.0)
-    if not 0.0 < small_const <= 1.0:
-        raise ValueError(f"small_const must be in (0, 1], got {small_const!r}")
-    check_range("xi", xi, 0.0, kappa / small_const**2, low_open=True)
+    check_range("small_const", small_const, 0.0, 1.0, low_open=True, high_closed=True)
+    limit = kappa / small_const**2
+    # A traced limit is known at run time only.
+    check_range("xi", xi, 0.0, math.inf if isinstance(limit, Tracer) else limit, low_open=True)
     beta = 1 - small_const**2 * xi / kappa
     zeta = small_const / (small_const + beta)
     weight = (1 - zeta) * (beta * kappa / small_const - 1)
@@ -251,7 +253,7 @@ def srsgd(period: optax.ScalarOrSchedule = 100) -> Rule:
       Wang, Nguyen, Sun, Bertozzi, Baraniuk, Osher, Scheduled restart momentum for accelerated
       stochastic gradient descent, 2020, arXiv:2002.10583.
     """
-    check_range("period", period, 2)
+    check_range("period", period, 2, schedule=True)
 
     def step(carry: Any) -> tuple[Any, Coefficients]:
         k, j = carry

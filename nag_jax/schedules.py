@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from nag_jax._checks import check_count, check_range
 from nag_jax._rule import check_conditioning
@@ -57,7 +58,10 @@ def sutskever(
     check_range("final_momentum", final_momentum, 0.0, 1.0)
     check_count("period", period)
     check_range("final_steps", final_steps, 0)
-    if total_steps is not None and not total_steps > final_steps:
+    if total_steps is not None:
+        check_range("total_steps", total_steps, 0)
+    traced = any(isinstance(steps, Tracer) for steps in (total_steps, final_steps))
+    if total_steps is not None and not traced and not total_steps > final_steps:
         raise ValueError(
             f"total_steps={total_steps!r} must be more than final_steps={final_steps}, the length "
             "of the final phase; pass a smaller final_steps"
@@ -152,8 +156,8 @@ def linear(
       A schedule step -> momentum.
 
     Raises:
-      ValueError: for momenta outside [0, 1), or lengths that are negative or do not fit into
-        total_steps.
+      ValueError: for momenta outside [0, 1), or lengths that are negative, traced or do not fit
+        into total_steps.
 
     >>> momentum = nag_jax.schedules.linear(
     ...     0.9, initial=0.5, warmup_steps=100, final=0.5, cooldown_steps=100, total_steps=1000)
@@ -162,8 +166,11 @@ def linear(
     """
     for name, value in (("momentum", momentum), ("initial", initial), ("final", final)):
         check_range(name, value, 0.0, 1.0)
-    check_range("warmup_steps", warmup_steps, 0)
-    check_range("cooldown_steps", cooldown_steps, 0)
+    end = 0 if total_steps is None else total_steps
+    for name, value in (
+        ("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps), ("total_steps", end)
+    ):  # fmt: skip
+        check_range(name, value, 0, static=True)
     if cooldown_steps and total_steps is None:
         raise ValueError(f"cooldown_steps={cooldown_steps} needs total_steps, where it ends")
     end = warmup_steps + cooldown_steps if total_steps is None else total_steps

@@ -77,7 +77,8 @@ def zero1(
         return whole
 
     def split(tree: Any) -> Any:
-        return jax.tree.map(lambda x: place(x, sharding(x)), tree)
+        arrays = jax.tree.map(jnp.asarray, tree)  # a leaf may be a Python number
+        return jax.tree.map(lambda x: place(x, sharding(x)), arrays)
 
     def gather(tree: Any) -> Any:
         return jax.tree.map(lambda x: place(x, whole), tree)
@@ -124,9 +125,20 @@ def replicas_in_sync(tree: Any) -> bool:
     Returns:
       True if all copies agree (NaN with NaN of the same bits, too).
 
+    Raises:
+      ValueError: for traced arrays: inside ``jit``, ``vmap`` or ``shard_map`` there is no copy to
+        look at.
+
     >>> nag_jax.replicas_in_sync({"w": jnp.ones(3)})
     True
     """
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(x, Tracer):
+            raise ValueError(
+                f"replicas_in_sync needs arrays on devices, got {x!r} for "
+                f"{jax.tree_util.keystr(path) or 'tree'}; call it outside of jit, on what the "
+                "compiled function returned"
+            )
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
     arrays = [
         jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x

@@ -9,8 +9,16 @@ import optax
 
 from nag_jax import _restarting
 from nag_jax import restart as conditions
-from nag_jax._arithmetic import dtype_of, filled, map_gradients, proximal_step, real_like, wide
-from nag_jax._checks import check_prox, check_range
+from nag_jax._arithmetic import (
+    cast_like,
+    dtype_of,
+    filled,
+    map_gradients,
+    proximal_step,
+    real_like,
+    wide,
+)
+from nag_jax._checks import check_prox, check_range, given_scalar
 from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import AccelerateState
 from nag_jax.proximal import Prox
@@ -148,20 +156,20 @@ def backtracking(
         g, carry = updates, state.carry
         real = carry.learning_rate.dtype
         dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(real)
-        value = jnp.asarray(value, real)
+        value = given_scalar("value", value).astype(real)
         rounding = _ROUNDING * _rounding(value, g, params, dot)
 
         def test(lr: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Whether the step is short enough, and whether that can be told at all."""
             u = _step(g, params, prox, lr)
             model = dot(u, map_gradients(lambda u: u / real_like(2 * lr, u), u))
-            after = jnp.asarray(value_fn(_moved(params, u)), real)
+            after = given_scalar("what value_fn returns", value_fn(_moved(params, u))).astype(real)
             telling = model > _TELLING * rounding
             short = after <= value + dot(g, u) + model + rounding
             return (short | ~telling) & jnp.isfinite(after), telling
 
         first, still = carry.learning_rate == 0, carry.momentum == 0
-        begin = jnp.full_like(value, initial or 0)
+        begin = jnp.full_like(value, 0 if initial is None else initial)
         if initial is None:
             # In the middle of what doubling and halving leave open.
             begin = 2**0.5 * guess(value, dot(g, g))
@@ -197,9 +205,9 @@ def backtracking(
         # Without a step m' - m, which is (1 - new_t/t) m'.
         ahead = jnp.where(ok, 1, 1 - new_t / t)
         updates = map_gradients(
-            lambda g, u, m: (
-                jnp.where(ok, wide(u), jnp.zeros_like(wide(u))) + real_like(ahead, m) * wide(m)
-            ).astype(g.dtype),
+            lambda g, u, m: cast_like(
+                jnp.where(ok, wide(u), jnp.zeros_like(wide(u))) + real_like(ahead, m) * wide(m), g
+            ),
             g,
             u,
             m,

@@ -184,6 +184,33 @@ def test_average_with_power_zero_is_the_mean(x64):
     chex.assert_trees_all_close(averages[-1], mean, rtol=1e-12)
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_average_of_a_leaf_that_sometimes_has_no_gradient(x64, jitted):
+    """The mean of all its params, of those steps too: as with a gradient of 0."""
+    optimizer = nag_jax.averaged(optax.sgd(0.1), power=0)
+    update = jax.jit(optimizer.update) if jitted else optimizer.update
+    params, rows = {"always": jnp.ones(2), "sometimes": jnp.ones(2), "never": jnp.ones(2)}, []
+    state = optimizer.init(params)
+    for k in range(7):
+        gradients = params | {"never": None} | ({"sometimes": None} if k % 3 else {})
+        updates, state = update(gradients, state, params)
+        assert updates["never"] is None
+        params = {key: p if updates[key] is None else p + updates[key] for key, p in params.items()}
+        rows.append(params)
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *rows)
+    chex.assert_trees_all_close(nag_jax.eval_params(params, state), mean, rtol=1e-12)
+
+
+def test_average_counts_no_further_than_an_int32():
+    optimizer = nag_jax.averaged(optax.sgd(0.1))
+    state = optimizer.init(jnp.ones(2))
+    last = state.carry._replace(steps=jnp.asarray(2**31 - 1, jnp.int32))
+    state = state._replace(m=jnp.ones(2), carry=last)
+    _, state = optimizer.update(jnp.zeros(2), state, jnp.ones(2))
+    assert state.carry.steps == 2**31 - 1
+    np.testing.assert_allclose(state.m, 1, rtol=1e-6)
+
+
 def test_sharded_steps_equal_those_of_one_device():
     """Norms are those of whole leaves, under jit and inside shard_map."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -132,6 +132,8 @@ CASES = {
     ),
     "adanag": Case(nag_jax.adanag, {}, static=("initial", "axis_name"), copies=True, rounding=1e-4),
 }
+# There a link of optax that takes arrays only is what the gradient meets first.
+ARRAYS_ONLY = "nag sutskever scheduled", "nag decoupled", "nag_then_sgd", "clipped"
 pytestmark = pytest.mark.filterwarnings("ignore:momentum 0.98 in a")  # FISTA's, in bfloat16
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -385,6 +387,24 @@ def test_a_python_number_is_a_parameter(case):
     actual, expected = (step(p, case.make().init(p)) for p in (numbers, example_params()))
     chex.assert_trees_all_close(actual, expected, rtol=1e-6)
     assert types(actual[1]) == types(expected[1])
+
+
+@every_case
+def test_a_python_number_is_a_gradient(case):
+    if any(case is CASES[name] for name in ARRAYS_ONLY):
+        pytest.skip("optax.scale_by_schedule and clip_by_global_norm take arrays only")
+    optimizer, params = case.make(), example_params()
+    arrays = jax.grad(loss)(params)
+    numbers = arrays | {"scale": float(arrays["scale"])}
+    results = []
+    for gradients in (numbers, arrays):
+        state = optimizer.init(params)
+        for _ in range(3):
+            given = known(params) | {"grad": gradients}
+            updates, state = optimizer.update(gradients, state, params, **given)
+        results.append((optax.apply_updates(params, updates), state))
+    chex.assert_trees_all_equal(*results)
+    chex.assert_trees_all_equal_shapes_and_dtypes(*results)
 
 
 @every_case

@@ -308,6 +308,18 @@ def test_complex_none_and_wide_leaves(make):
     np.testing.assert_array_equal(new[0].m["h"], state[0].m["h"])
 
 
+@pytest.mark.parametrize("min_size", [0, 1])
+def test_empty_leaves_have_no_blocks(min_size):
+    storage = nag_jax.int8_blocks(min_size=min_size)
+    optimizer = nag_jax.nag(0.1, accumulator_dtype=storage)
+    params = {"empty": jnp.zeros((0, 5)), "flat": jnp.zeros(0), "full": jnp.ones((4, 8))}
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    m = state[0].m
+    assert {name: m[name].shape for name in m} == {name: params[name].shape for name in m}
+    assert m["empty"].dtype == m["flat"].dtype == jnp.float32
+    assert m["full"].dtype == jnp.int8
+
+
 @pytest.mark.usefixtures("x64")
 @every_storage
 def test_float64_parameters(make):
@@ -361,6 +373,16 @@ def test_rounded_parameters_are_what_apply_updates_lands_on():
     assert not np.array_equal(again["h"], updates["h"])
 
 
+def test_updates_may_be_python_numbers():
+    tail, params = nag_jax.stochastic_rounding(), jnp.ones([], jnp.bfloat16)
+    first, second = (tail.update(u, tail.init(params), params)[0] for u in (0.01, jnp.array(0.01)))
+    assert first == second != 0
+    for make in STORAGES.values():
+        kernel = nag_jax.accelerate(rules.nesterov(0.9), accumulator_dtype=make())
+        results = [kernel.update(u, kernel.init(jnp.ones([]))) for u in (0.3, jnp.array(0.3))]
+        chex.assert_trees_all_equal(*results)
+
+
 def test_errors():
     for make in (*STORAGES.values(), nag_jax.stochastic_rounding):
         with pytest.raises(ValueError, match=r"seed must be an integer, got 0\.5"):
@@ -369,8 +391,19 @@ def test_errors():
             make(jax.random.key(0))
         with pytest.raises(ValueError, match=r"seed must be in \[0, 4\.29497e\+09\), got -1"):
             make(-1)
-    with pytest.raises(ValueError, match="block_size must be in"):
-        nag_jax.int8_blocks(block_size=0)
+        for fraction in (np.float64(1.5), jnp.float32(0.5)):
+            with pytest.raises(ValueError, match=r"seed must be an integer, got .*\.5"):
+                make(fraction)
+        with pytest.raises(ValueError, match=r"seed must be an integer, got"):
+            jax.jit(lambda seed, make=make: make(seed) and 0)(0.5)
+        make(np.uint32(7)), make(jnp.int32(7))
+    for name, least in (("block_size", 1), ("min_size", 0), ("shards", 1)):
+        message = rf'{name} must be an int of at least {least}, got .*static_args=\("{name}",\)'
+        for wrong in (least - 1, 2.5, True):
+            with pytest.raises(ValueError, match=message):
+                nag_jax.int8_blocks(**{name: wrong})
+        with pytest.raises(ValueError, match=message):
+            jax.jit(lambda n, name=name: nag_jax.int8_blocks(**{name: n}) and 0)(5)
     with pytest.raises(ValueError, match=r"a storage such as nag_jax\.stochastic_bfloat16"):
         nag_jax.nag(0.1, accumulator_dtype=jnp.int8)
     tail = nag_jax.stochastic_rounding()

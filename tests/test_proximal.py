@@ -351,3 +351,57 @@ def test_errors():
     for tx in (proximal.prox_step(proximal.l1(0.1), 0.1), nag_jax.monotone_fista(jnp.sum)):
         with pytest.raises(ValueError, match=r"needs params: call optimizer\.update"):
             tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize("params", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("gradients", ["bfloat16", "float32"])
+def test_monotone_fista_is_so_in_low_precision(params, gradients):
+    """x = params - m is float32 whatever params are, and never gets worse."""
+    curvatures = jnp.logspace(-3, 0, 12)
+    loss = lambda p: jnp.sum(curvatures * (p - 1) ** 2) / 2
+    tx = optax.chain(optax.sgd(1.0), nag_jax.monotone_fista(loss))
+    wide = lambda params: params.astype(jnp.float32)
+
+    @jax.jit
+    def step(params, state):
+        g = (curvatures * (wide(params) - 1)).astype(gradients)
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    p, values, kept = jnp.linspace(-1.0, 1.7, 12).astype(params), [], []
+    state = tx.init(p)
+    for _ in range(200):  # in one program XLA would leave out that params are rounded
+        p, state = step(p, state)
+        values.append(loss(nag_jax.eval_params(wide(p), state)))
+        kept.append(state[1].carry[1])
+    assert np.all(np.diff(kept) <= 0)
+    assert np.all(np.diff(values) <= 1e-9)
+    np.testing.assert_allclose(values, kept, rtol=0, atol=1e-8)
+    assert values[-1] < {"bfloat16": 0.1, "float16": 0.01, "float32": 0.001}[params] * values[0]
+    assert nag_jax.eval_params(p, state).dtype == params
+
+
+def test_monotone_fista_takes_any_first_step():
+    tx = nag_jax.monotone_fista(lambda p: jnp.sum(p**2))
+    updates, _ = tx.update(jnp.full(2, 10.0), tx.init(jnp.ones(2)), jnp.ones(2))
+    np.testing.assert_array_equal(updates, 10.0)
+
+
+def test_monotone_fista_says_what_an_objective_is():
+    with pytest.raises(ValueError, match=r"objective must be a function params -> scalar, got 0.5"):
+        nag_jax.monotone_fista(0.5)
+    tx = nag_jax.monotone_fista(jnp.abs)
+    with pytest.raises(ValueError, match=r"what objective returns must be .* got float32\[2\]"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+
+
+def test_monotone_fista_takes_python_numbers():
+    tx = nag_jax.monotone_fista(lambda p: p["a"] ** 2 + p["b"] ** 2)
+    params, updates = {"a": 1.0, "b": jnp.ones([])}, {"a": -0.5, "b": jnp.float32(-0.5)}
+    state = tx.init(params)
+    for _ in range(2):
+        out, state = tx.update(updates, state, params)
+        assert out["a"] == out["b"]
+        assert out["a"].dtype == jnp.float32
+        assert state.m["a"] == state.m["b"]
+        params = optax.apply_updates(params, out)

@@ -339,3 +339,87 @@ def test_errors():
         kernel.update(jnp.ones(2), kernel.init(jnp.ones(2)))
     with pytest.raises(ValueError, match=r"n must be an int of at least 1, got 0"):
         restart.every(0)
+
+
+BAD_RESULTS = {
+    "two fires": (lambda s: (s.u < 0, s.remembered), "returns first must be .* got bool[2]"),
+    "two memories": (lambda s: (False, s.v), "returns second must be .* got float32[2]"),
+    "no memory": (lambda s: (False, None), "returns second must be a real scalar, got None"),
+    "text": (lambda s: ("yes", 0.0), "returns first must be a real scalar, got 'yes'"),
+    "one": (
+        lambda s: True,
+        "must return a pair (fire, remembered), got True; return seen.remembered",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RESULTS)
+def test_what_a_condition_must_return(name):
+    condition, message = BAD_RESULTS[name]
+    kernel = nag_jax.accelerate(rules.fista(), restart=condition)
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
+        kernel.update(jnp.ones(2), kernel.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [(jnp.ones(3), r"float32\[3\]"), (1j, r"complex64\[\]"), ("low", "'low'")]
+)
+def test_the_value_must_be_one_number(given, got):
+    chain = optimizer(rules.fista(), restart.value)
+    message = f"value must be a real scalar, got {got}; reduce it to one number"
+    for tx in (chain, nag_jax.backtracking(), nag_jax.adanag()):
+        with pytest.raises(ValueError, match=message):
+            tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3), value=given, value_fn=jnp.sum)
+    tx = nag_jax.backtracking()
+    with pytest.raises(ValueError, match=r"what value_fn returns must be .* got float32\[3\]"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3), value=1.0, value_fn=jnp.abs)
+    _, state = chain.update(jnp.ones(3), chain.init(jnp.ones(3)), value=2)
+    assert optax.tree.get(state, "remembered") == 2
+
+
+def data_parallel(mapping, axis_name, steps=60, condition=restart.value):
+    """Copies of params and restarts of 8 devices, each with the loss of a row of its own."""
+    tx = optimizer(rules.fista(), condition, axis_name=axis_name)
+    curvatures = jnp.asarray(np.random.default_rng(3).uniform(0, 0.2, (8, 6)) ** 2)
+    curvatures = curvatures / jnp.max(jnp.mean(curvatures, 0))
+
+    def local(curvature):
+        def step(carry, _):
+            params, state = carry
+            own = jnp.sum(curvature * params**2) / 2
+            gradient = jax.lax.pmean(curvature * params, "data")
+            updates, state = tx.update(gradient, state, params, value=own)
+            params = optax.apply_updates(params, updates)
+            return (params, state), (params, optax.tree.get(state, "restarts"))
+
+        start = jnp.ones(6)
+        return jax.lax.scan(step, (start, tx.init(start)), length=steps)[1]
+
+    if mapping == "pmap":
+        return jax.pmap(local, axis_name="data")(curvatures)
+    stacked = lambda curvature: jax.tree.map(lambda x: x[None], local(curvature[0]))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    checked = mapping == "checked"
+    copies = PartitionSpec() if checked else PartitionSpec("data")
+    return jax.jit(jax.shard_map(
+        stacked, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=copies, check_vma=checked,
+    ))(curvatures)  # fmt: skip
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "unchecked", "checked"])
+def test_devices_with_losses_of_their_own_restart_together(mapping):
+    """By the mean of the losses, so that copies of params stay the same bit for bit."""
+    params, fired = data_parallel(mapping, "data")
+    for copy, times in zip(params, fired, strict=True):
+        np.testing.assert_array_equal(copy, params[0])
+        np.testing.assert_array_equal(times, fired[0])
+    assert fired[0, -1] >= 1
+    mean = lambda s: restart.value(s._replace(value=jax.lax.pmean(s.value, "data")))
+    _, expected = data_parallel("unchecked", None, condition=mean)
+    np.testing.assert_array_equal(fired[0], expected[0])
+
+
+def test_without_the_axis_each_device_decides_for_itself():
+    params, fired = data_parallel("unchecked", None)
+    assert np.ptp(fired[:, -1]) >= 1
+    assert np.max(np.ptp(params, axis=0)) > 1e-3

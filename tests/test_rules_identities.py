@@ -283,10 +283,10 @@ def test_constant_rules_are_python_floats(name):
 
 BAD = {
     "chambolle_dossal": (lambda: rules.chambolle_dossal(1.5), r"a must be in \[2, inf\), got 1.5"),
-    "strongly_convex": (lambda: rules.strongly_convex(0.0), r"q = mu/L must be in \(0, 1\], got 0"),
+    "strongly_convex": (lambda: rules.strongly_convex(0), r"q = mu/L must be in \(0, 1\], got 0;"),
     "tmm": (lambda: rules.tmm(1.5), r"q = mu/L must be in \(0, 1\], got 1.5"),
-    "tmm text": (lambda: rules.tmm("0.1"), r"q = mu/L must be in \(0, 1\], got '0.1'"),
-    "item": (lambda: rules.item(1.0), r"q = mu/L must be in \(0, 1\), got 1.0; .*fista"),
+    "tmm text": (lambda: rules.tmm("0.1"), r"q = mu/L must be a number in \(0, 1\], got '0.1'"),
+    "item": (lambda: rules.item(1.0), r"q = mu/L must be in \(0, 1\), got 1; .*fista"),
     "sc_ogm": (lambda: rules.sc_ogm(float("nan")), r"q = mu/L must be in \(0, 1\), got nan"),
     "ogm": (lambda: rules.ogm(0), r"horizon must be an int of at least 1, got 0"),
     "ogm half": (lambda: rules.ogm(2.5), r"horizon must be an int of at least 1, got 2.5"),
@@ -301,7 +301,7 @@ BAD = {
     "qhm": (lambda: rules.qhm(0.9, -0.1), r"nu must be in \[0, inf\), got -0.1"),
     "gpa": (lambda: rules.gpa(0.9, 1.0), r"interpolation must be in \[0, 1\), got 1"),
     "agnes": (lambda: rules.agnes(0.9, -1.0), r"ratio must be in \[0, inf\), got -1"),
-    "mass": (lambda: rules.mass(0.0), r"alpha must be in \(0, 1\], got 0.0"),
+    "mass": (lambda: rules.mass(0.0), r"alpha must be in \(0, 1\], got 0$"),
     "accsgd": (lambda: rules.accsgd(10.0, xi=100.0), r"xi must be in \(0, 20.4\d*\), got 100"),
     "accsgd const": (lambda: rules.accsgd(small_const=0.0), r"small_const must be in \(0, 1\]"),
     "srsgd": (lambda: rules.srsgd(1), r"period must be in \[2, inf\), got 1"),

@@ -302,6 +302,26 @@ def test_modes_with_whole_parameters_refuse_split_ones():
             step(params, step.init(params), BATCH)
 
 
+@every_kind
+@pytest.mark.parametrize("jitted", [False, True])
+def test_zero1_takes_python_numbers(jitted, kind):
+    params = {"w": jnp.ones((16, 2)), "scale": 0.5}
+    gradients = {"w": jnp.ones((16, 2)), "scale": 0.25}
+    arrays = jax.tree.map(jnp.asarray, (gradients, params))
+    value = lambda p: jnp.sum(p["w"] ** 2) + p["scale"] ** 2
+    for inner in (NAG, nag_jax.nag_auto(), nag_jax.backtracking()):
+        results = []
+        for g, p in ((gradients, params), arrays):
+            optimizer = nag_jax.zero1(inner, mesh_of(kind=kind), min_size=8)
+            update = lambda g, state, p, tx=optimizer: tx.update(
+                g, state, p, value=value(p), grad=g, value_fn=value
+            )
+            with jax.set_mesh(mesh_of(kind=kind)):  # which jax 0.7 wants outside of jit
+                results.append((jax.jit(update) if jitted else update)(g, optimizer.init(p), p))
+        chex.assert_trees_all_equal(*results)
+        chex.assert_trees_all_equal_shapes_and_dtypes(*results)
+
+
 def test_zero1_says_what_is_wrong():
     for mesh, axis in (("cpu", "data"), (mesh_of(), "model")):
         with pytest.raises(ValueError, match="mesh"):
@@ -344,6 +364,12 @@ def test_replicas_in_sync():
     two = dict(axes=("data", "model"), shape=(4, 2))
     assert not nag_jax.replicas_in_sync(unequal(P("model"), **two))
     assert nag_jax.replicas_in_sync(unequal(P("data"), **two))
+
+
+def test_replicas_in_sync_refuses_what_is_traced():
+    for transform in (jax.jit, jax.vmap, jax.pmap):
+        with pytest.raises(ValueError, match=r"arrays on devices, got .* for \['w'\]; call it out"):
+            transform(nag_jax.replicas_in_sync)({"w": jnp.ones((1, 3))})
 
 
 @pytest.mark.parametrize(
