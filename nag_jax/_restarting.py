@@ -34,7 +34,8 @@ class RestartState(NamedTuple):
 Condition = Callable[[Seen], tuple[Any, Any]]
 
 # Of the sums on one CPU; in elements.
-_SLICES = 15  # XLA would write out an array that more slices are taken of
+_SLICES = 7  # in one loop: more are read from too many places at once, fewer leave more to write
+_LOOPS = 2  # of a large array; XLA would write it out if there were more than 15 slices of it
 _TOGETHER = 16  # arrays in one loop
 _SMALL = 2**12  # from here on the only array of its size is cut into slices
 _LARGE = 2**18  # from here on each is: bytes take the time then, not the number of loops
@@ -101,8 +102,14 @@ def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
 def inner_products(a: Any, b: Any, axis_name: Any) -> list[jax.Array]:
     """The same for each leaf by itself."""
     alone = axis_name is None and _on_one_cpu(a, b)
-    in_slices = lambda x: functools.reduce(jnp.add, _sum_slices(x.reshape(-1)))
-    terms = [in_slices(x) if alone and x.size >= _LARGE else jnp.sum(x) for x in _products(a, b)]
+    terms, last = [], None
+    for x in _products(a, b):
+        if alone and x.size >= _LARGE:
+            sums = _sum_slices(x.reshape(-1), last)
+            last = sums[-1]
+            terms.append(functools.reduce(jnp.add, sums))
+        else:
+            terms.append(jnp.sum(x))
     axes = _names(axis_name)
     # A leaf that all devices hold in full counts once, where shard_map tells which those are.
     varying = [varying_axes(x) & set(axes) for x in terms]
@@ -146,21 +153,33 @@ def _sum_few(arrays: list[jax.Array]) -> list[jax.Array]:
     alike: dict[Any, list[jax.Array]] = {}
     for x in arrays:
         alike.setdefault((x.size, x.dtype), []).append(x.reshape(-1))
-    sums = []
+    sums, last = [], None
     for group in alike.values():
         if group[0].size >= (_LARGE if len(group) > 1 else _SMALL):
-            sums += [term for x in group for term in _sum_slices(x)]
+            for x in group:
+                sums += _sum_slices(x, last)
+                last = sums[-1]
         else:
             batches = -(-len(group) // _TOGETHER)
             sums += [_sum_together(group[i::batches]) for i in range(batches)]
     return sums
 
 
-def _sum_slices(x: jax.Array) -> list[jax.Array]:
-    size = x.size // _SLICES
-    slices = [x[i * size : (i + 1) * size] for i in range(_SLICES)]
-    rest = [jnp.sum(x[_SLICES * size :])] if x.size % _SLICES else []
-    return [_sum_together(slices), *rest]
+def _sum_slices(x: jax.Array, before: jax.Array | None) -> list[jax.Array]:
+    """Sums that add up to the sum of all elements; the last is made last, all after ``before``."""
+    loops = _LOOPS if x.size >= _LARGE else 1
+    size = x.size // (loops * _SLICES)
+    slices = [x[i * size : (i + 1) * size] for i in range(loops * _SLICES)]
+    sums = [jnp.sum(x[len(slices) * size :])] if x.size % len(slices) else []
+    for i in range(loops):
+        first, *others = slices[i * _SLICES : (i + 1) * _SLICES]
+        if before is not None:
+            # Adds nothing. But XLA would go through all loops first, and keep what they write; so
+            # each waits for the sum of the one before it, and writes where that has written.
+            first += jnp.where(before > 0, 0.0, -0.0).astype(x.dtype)
+        before = _sum_together([first, *others])
+        sums.append(before)
+    return sums
 
 
 def _sum_together(arrays: list[jax.Array]) -> jax.Array:

@@ -255,8 +255,16 @@ def test_one_cpu_counts_each_element_once():
 
 @pytest.mark.usefixtures("one_cpu")
 def test_one_cpu_writes_out_little():
-    """Neither products nor the step of which they are made, and no copy of a donated buffer."""
-    params = [jnp.ones((1024, 1024)), *(jnp.ones((64, 64)) for _ in range(64))]
+    """Neither products nor the step of which they are made, and no copy of a donated buffer.
+
+    What is written for one of several large leaves takes no memory beside that for another.
+    """
+    small = [jnp.ones((64, 64)) for _ in range(64)]
+    check_written([jnp.ones((1024, 1024)), *small], 1 / 10)
+    check_written([*(jnp.ones((1024, 1024)) for _ in range(8)), *small], 1 / 50)
+
+
+def check_written(params, share):
     tx = optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.fista(), restart=restart.gradient))
 
     def step(params, state, gradients):
@@ -266,7 +274,7 @@ def test_one_cpu_writes_out_little():
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
     program = programs.compiled(lowered)
     size = sum(p.nbytes for p in params)
-    assert program.memory_analysis().temp_size_in_bytes < size / 10
+    assert program.memory_analysis().temp_size_in_bytes < size * share
     assert not re.findall(r"f32\[(?:1024,1024|64,64)\]\S* copy\(", program.as_text())
 
 
