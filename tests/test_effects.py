@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -250,6 +251,30 @@ def give(folder, monkeypatch, content, options=()):
 def test_a_config_file_with_other_fields(tmp_path, monkeypatch, line, message):
     give(tmp_path, monkeypatch, OWN.format(base="mlp", more=f"config.{line}"))
     with pytest.raises(UserError, match=message):
+        command_line.refuse_without_effect("examples.train")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_files_of_users_beside_the_recipes(tmp_path, monkeypatch):
+    """They are told of their mistakes like others, and do not keep another from running."""
+    assert {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")} == set(
+        command_line._RECIPES
+    )
+    folder = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs", folder)
+    monkeypatch.setattr(command_line, "_SHIPPED", folder)
+    (folder / "unfinished.py").write_text("def get_config(")
+    (folder / "rnn.py").write_text("def get_config(")
+    give(folder, monkeypatch, OWN.format(base="mlp", more=""))
+    command_line.refuse_without_effect("examples.train")
+    give(folder, monkeypatch, OWN.format(base="mlp", more="config.learning_rate = 0.3"))
+    with pytest.raises(UserError, match=r"config\.learning_rate=0\.3 has no effect with"):
+        command_line.refuse_without_effect("examples.train")
+    give(folder, monkeypatch, OWN.format(base="mlp", more="config.learnin_rate = 0.3"))
+    with pytest.raises(UserError, match=r"no field config\.learnin_rate; did you mean"):
+        command_line.refuse_without_effect("examples.train")
+    (folder / "mlp.py").write_text((folder / "own.py").read_text())  # a recipe that was edited
+    with pytest.raises(UserError, match=r"no field config\.learnin_rate; did you mean"):
         command_line.refuse_without_effect("examples.train")
 
 
