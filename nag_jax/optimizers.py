@@ -176,9 +176,10 @@ def nag_then_sgd(
     effective = learning_rate / (1 - momentum)
     target = effective if sgd_learning_rate is None else sgd_learning_rate
     check_range("sgd_learning_rate", target, 0.0)
+    length = max(transition_steps, 1)  # of an array, too, whose size no step under jit could tell
 
     def remaining(step: jax.typing.ArrayLike) -> jax.Array:
-        left = (switch_step - jnp.asarray(step, float)) / max(transition_steps, 1)
+        left = (switch_step - jnp.asarray(step, float)) / length
         return jnp.clip(left, 0.0, 1.0)
 
     def mu(step: jax.typing.ArrayLike) -> jax.Array:

@@ -314,6 +314,13 @@ class TestNagThenSgd:
         expected = reference.sutskever(gradient, START, rate, momentum, 50)
         np.testing.assert_allclose(run(optimizer, 50), expected, rtol=0, atol=1e-12)
 
+    def test_lengths_may_be_arrays(self):
+        lengths = dict(switch_step=6, transition_steps=4)
+        arrays = jax.tree.map(jnp.asarray, lengths)
+        found = run(nag_jax.nag_then_sgd(0.1, 0.9, **arrays), 8)
+        expected = run(nag_jax.nag_then_sgd(0.1, 0.9, **lengths), 8)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
     def test_bad_arguments_are_named(self):
         with pytest.raises(ValueError, match=r"transition_steps must be in \[0, 11\), got 20"):
             nag_jax.nag_then_sgd(0.1, switch_step=10, transition_steps=20)
