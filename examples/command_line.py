@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
+from ml_collections import ConfigDict
 
 from examples import effects
 from examples.errors import UserError
@@ -72,6 +73,8 @@ def refuse_without_effect(program: str) -> None:
     of ``configs/`` that it is most like.
     """
     flag: Any = flags.FLAGS["config"]
+    if not isinstance(flag.value, ConfigDict):
+        raise UserError(f"{flag.config_filename}: get_config() must return a ConfigDict")
     config, file = flatten(flag.value.to_dict()), config_of_file(flag.config_filename)
     shipped = shipped_configs()
     refuse_other_fields(flag.config_filename, file, shipped)

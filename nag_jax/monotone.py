@@ -38,7 +38,7 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
 
     Args:
       objective: ``F(tree) -> scalar``, the loss with its penalty, finite at proximal points; the
-        tree is like params, in float32 at least.
+        tree is like params, in float32 at least but for leaves without a gradient.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.

@@ -255,6 +255,13 @@ def test_a_config_file_with_other_fields(tmp_path, monkeypatch, line, message):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_config_file_that_returns_no_config(tmp_path, monkeypatch):
+    give(tmp_path, monkeypatch, "def get_config():\n    return {'seed': 0}")
+    with pytest.raises(UserError, match=r"own\.py: get_config\(\) must return a ConfigDict$"):
+        command_line.refuse_without_effect("examples.train")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_files_of_users_beside_the_recipes(tmp_path, monkeypatch):
     """They are told of their mistakes like others, and do not keep another from running."""
     assert {path.stem for path in (ROOT / "configs").glob("[a-z]*.py")} == set(
