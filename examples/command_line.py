@@ -70,7 +70,8 @@ def refuse_without_effect(program: str) -> None:
     """UserError if the user, or the user's own config file, sets what ``program`` ignores.
 
     On the command line that is what differs from the file, in the file what differs from the one
-    of ``configs/`` that it is most like.
+    of ``configs/`` that it may be made of: the one that leaves the least to refuse, and of these
+    the one that it is most like.
     """
     flag: Any = flags.FLAGS["config"]
     if not isinstance(flag.value, ConfigDict):
@@ -79,10 +80,11 @@ def refuse_without_effect(program: str) -> None:
     shipped = shipped_configs()
     refuse_other_fields(flag.config_filename, file, shipped)
     given = differing(config, file)
-    most_alike = min(shipped.values(), key=lambda other: len(differing(file, other)))
-    for name in differing(file, most_alike):  # the command line may mend it
-        if name not in given and effects.ignored([name], file):
-            given.append(name)
+    ignored = lambda names: [name for name in names if effects.ignored([name], file)]
+    changes = [differing(file, other) for other in shipped.values()]
+    likely = min(changes, key=lambda names: (len(ignored(names)), len(names)))
+    # The command line may mend them.
+    given += [name for name in ignored(likely) if name not in given]
     effects.refuse(given, config, program)
 
 

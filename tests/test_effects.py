@@ -210,6 +210,9 @@ def test_on_the_command_line(tmp_path):
         ("default", "config.optimizer.name = 'nag'; config.learning_rate = 0.3",
          ["--config.optimizer.name=nag_auto"], False),
         ("rnn", "config.batch_size = 16", [], False),
+        ("linear", "config.dataset = 'digits'; config.model.name = 'mlp'; config.num_epochs = 2",
+         [], False),
+        ("linear", "config.model.name = 'mlp'; config.learning_rate = 0.3", [], True),
     ],
 )  # fmt: skip
 def test_a_config_file_of_the_users_own(tmp_path, monkeypatch, base, more, options, refused):
