@@ -254,6 +254,17 @@ def test_one_cpu_counts_each_element_once():
 
 
 @pytest.mark.usefixtures("one_cpu")
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_one_cpu_sums_leaves_apart(value):
+    """A leaf that waits for the sum of another is not changed by what that is."""
+    a, b, c = (jnp.full(2**18 + i, 0.5 + i) for i in range(3))
+    sums = jax.jit(lambda tree: _restarting.inner_products(tree, tree, None))
+    first, *others = sums([a.at[7].set(value), b, c])
+    assert not jnp.isfinite(first)
+    np.testing.assert_allclose(others, [b.size * 1.5**2, c.size * 2.5**2], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("one_cpu")
 def test_one_cpu_writes_out_little():
     """Neither products nor the step of which they are made, and no copy of a donated buffer.
 
