@@ -12,10 +12,10 @@ from unittest import mock
 
 import numpy as np
 
-import nag_jax.auto
 from benchmarks import auto, candidates
 from benchmarks.machine import describe_machine
 from benchmarks.readme import markdown, source, write_section
+from nag_jax.methods import nag_auto
 
 RESULT = Path(__file__).parent / "results" / "auto_factors.json"
 FACTORS = {"_SHARE": "share", "_MOST": "most", "_GROWTH": "growth", "_PACE": "pace"}
@@ -30,7 +30,7 @@ CHANGES: list[dict[str, float]] = [
 
 def measure(task: str, change: dict[str, float]) -> list[float]:
     """Test accuracy of each seed, in percent."""
-    with mock.patch.dict(vars(nag_jax.auto), change):  # while it is compiled
+    with mock.patch.dict(vars(nag_auto), change):  # while it is compiled
         trainer = auto.Trainer(task, candidates.METHODS["nag_auto"])
         seeds = auto.default_seeds(task, "nag_auto")
         return [round(trainer.run(seed, {})["accuracy"], 2) for seed in seeds]
@@ -55,7 +55,7 @@ def main() -> None:
             row[task] = measure(task, change)
         rows.append(row)
         print(row, flush=True)
-    defaults = {name: getattr(nag_jax.auto, name) for name in FACTORS}
+    defaults = {name: getattr(nag_auto, name) for name in FACTORS}
     about = describe_machine("benchmarks.auto_factors", ("jax", "optax", "flax"))
     result = about | {"defaults": defaults, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

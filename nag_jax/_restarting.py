@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from nag_jax._arithmetic import map_gradients, varying_axes, wide
 from nag_jax._checks import given_scalar
-from nag_jax._rule import Coefficients
+from nag_jax.rules.rule import Coefficients
 
 
 class Seen(NamedTuple):

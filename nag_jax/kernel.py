@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from nag_jax import _restarting, _storage
+from nag_jax import _restarting
 from nag_jax._arithmetic import cast_like, map_gradients
-from nag_jax._rule import Rule, Scalar
+from nag_jax.precision import storage as storages
+from nag_jax.rules.rule import Rule, Scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
 _STEPS_AHEAD = 20_000  # how far a scheduled momentum is looked at for that
@@ -89,7 +90,7 @@ def accelerate(
     ['0.85', '-1.85']
     ['0.90', '-1.90']
     """
-    storage = _storage.choose(accumulator_dtype)
+    storage = storages.choose(accumulator_dtype)
     _restarting.check(restart)
 
     def init(params: optax.Params) -> AccelerateState:
@@ -111,7 +112,7 @@ def accelerate(
     ) -> tuple[optax.Updates, AccelerateState]:
         del params
         carry, c = rule.step(state.carry)
-        old, seen = _storage.read(state.m, state.storage), state.restart
+        old, seen = storages.read(state.m, state.storage), state.restart
         if restart is not None:
             fire, seen = _restarting.decide(
                 restart, seen, updates, old, axis_name, extra_args.get("value")
@@ -126,7 +127,7 @@ def accelerate(
         updates = map_gradients(
             lambda u, m: cast_like(_mix(c.direct, u, c.lookahead, m), u),
             updates,
-            _storage.read(m, memory),
+            storages.read(m, memory),
         )
         readout = jnp.asarray(c.readout, state.readout.dtype)
         return updates, AccelerateState(
@@ -182,7 +183,7 @@ def eval_params(params: Any, opt_state: Any) -> Any:
         readout, tree = (
             (None, _outer_iterate(state))
             if outer
-            else (scalar, _storage.read(state.m, state.storage))
+            else (scalar, storages.read(state.m, state.storage))
         )
         for path, m in jax.tree_util.tree_leaves_with_path(tree):
             if path in offsets:

@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from nag_jax._checks import check_count, check_range
-from nag_jax._rule import check_conditioning
+from nag_jax.rules.rule import check_conditioning
 
 Step = Any  # a Python int or an integer array
 

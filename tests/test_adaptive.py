@@ -11,7 +11,7 @@ import reference
 from scipy.special import expit
 
 import nag_jax
-from nag_jax import adaptive
+from nag_jax.methods import adanag as adaptive
 
 
 def quadratic(curvatures):

@@ -17,7 +17,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nag_jax
-from nag_jax import _blocks, _rounding, rules
+from nag_jax import rules
+from nag_jax.precision import blocks as _blocks
+from nag_jax.precision import rounding as _rounding
 
 INT8 = functools.partial(nag_jax.int8_blocks, min_size=1)
 STORAGES = {"bfloat16": nag_jax.stochastic_bfloat16, "int8": INT8}
@@ -26,7 +28,7 @@ every_storage = pytest.mark.parametrize("make", STORAGES.values(), ids=STORAGES)
 
 def buffer(state):
     """What the kernel computes with, float32, of the one AccelerateState of a tree."""
-    from nag_jax._storage import read
+    from nag_jax.precision.storage import read
 
     return jax.tree.map(lambda m: m.astype(jnp.float32), read(state.m, state.storage))
 

@@ -11,11 +11,11 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
 
-from nag_jax import _gradients
 from nag_jax._arithmetic import wide
 from nag_jax._checks import check_choice
-from nag_jax._modes import Devices
-from nag_jax.sharding import check_axis
+from nag_jax.devices import gradients
+from nag_jax.devices.modes import Devices
+from nag_jax.devices.zero1 import check_axis
 
 _LATE = 8  # steps between a non-finite one and the error: how far the host may run ahead
 
@@ -131,7 +131,7 @@ def train_step(
             'mode="pmap" needs a mesh of one axis in one process, got axes '
             f'{mesh.axis_names} in {jax.process_count()}; use mode="jit" or "shard_map"'
         )
-    loss = _gradients.Loss(loss_fn, has_aux, weight)
+    loss = gradients.Loss(loss_fn, has_aux, weight)
     optimizer = optax.with_extra_args_support(optimizer)
     return TrainStep(loss, optimizer, Devices(mesh, axis, mode, accumulate), nonfinite)
 
@@ -146,7 +146,7 @@ class TrainStep:
 
     def __init__(
         self,
-        loss: _gradients.Loss,
+        loss: gradients.Loss,
         optimizer: optax.GradientTransformationExtraArgs,
         devices: Devices,
         nonfinite: str,
@@ -210,7 +210,7 @@ class TrainStep:
     def _compile(self, params: Any, state: StepState, batch: Any) -> tuple[Any, Any]:
         """The compiled step, made once for each way to divide a batch, and its arguments."""
         split, *arguments = self._prepare(params, state, batch)
-        even = _gradients.rows(batch) % self._devices.count == 0
+        even = gradients.rows(batch) % self._devices.count == 0
         key = split, even, jax.tree.structure(arguments)
         if key not in self._compiled:
             update = functools.partial(self._update, split)
@@ -280,7 +280,7 @@ def _alarm(state: StepState) -> jax.Array:
     return jnp.where(state.in_a_row > 0, state.steps - state.in_a_row, -1)
 
 
-def _value(mean: Callable[[Any, bool], _gradients.Mean]) -> Callable[[Any], jax.Array]:
+def _value(mean: Callable[[Any, bool], gradients.Mean]) -> Callable[[Any], jax.Array]:
     """The loss of the batch as a function of params, whose gradient is right in every mode."""
 
     @jax.custom_vjp

@@ -8,8 +8,8 @@ from nag_jax import restart as conditions
 from nag_jax import rules
 from nag_jax._checks import check_range
 from nag_jax.kernel import accelerate
-from nag_jax.local import outer
-from nag_jax.optimizers import nag
+from nag_jax.methods.nag import nag
+from nag_jax.methods.outer import outer
 from nag_jax.proximal import Prox, prox_step
 
 

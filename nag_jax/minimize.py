@@ -11,8 +11,8 @@ import optax
 from nag_jax._arithmetic import wide
 from nag_jax._checks import check_count, check_optimizer, check_prox, check_range
 from nag_jax.kernel import eval_params, find_states
+from nag_jax.methods.backtracking import backtracking
 from nag_jax.proximal import Prox
-from nag_jax.stepsize import backtracking
 
 _PATIENCE = 10  # steps in a row that must be too small: a warm-up and a restart make single ones
 

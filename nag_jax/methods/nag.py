@@ -8,8 +8,8 @@ import optax
 
 from nag_jax import rules
 from nag_jax._checks import check_choice, check_range
-from nag_jax._rule import check_momentum
 from nag_jax.kernel import AccelerateState, accelerate
+from nag_jax.rules.rule import check_momentum
 
 
 def nag(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from nag_jax._checks import check_range
-from nag_jax._rule import (
+from nag_jax.rules.rule import (
     Coefficients,
     Rule,
     check_conditioning,

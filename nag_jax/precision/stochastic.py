@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients
-from nag_jax._blocks import BlockState, block_shape, encode, rescale, zero_scales
 from nag_jax._checks import check_count, given_params
-from nag_jax._rounding import check_seed, next_key, start_key, to_bfloat16, uniform_bits
-from nag_jax._storage import Storage, map_numbered, zeros
+from nag_jax.precision.blocks import BlockState, block_shape, encode, rescale, zero_scales
+from nag_jax.precision.rounding import check_seed, next_key, start_key, to_bfloat16, uniform_bits
+from nag_jax.precision.storage import Storage, map_numbered, zeros
 
 
 class NoiseState(NamedTuple):

@@ -17,9 +17,9 @@ from nag_jax._arithmetic import (
     wide_zeros,
 )
 from nag_jax._checks import check_range, given_scalar
-from nag_jax._rule import Coefficients, Rule, first_step
 from nag_jax._step_size import guess, within
 from nag_jax.kernel import AccelerateState, accelerate
+from nag_jax.rules.rule import Coefficients, Rule, first_step
 
 _PROBE = 1e-3  # of the first guess
 _ROUNDING = 8  # of values, in units of the precision

@@ -89,3 +89,26 @@ def check_conditioning(q: Any, *, below_one: bool = False) -> Any:
     hint = "1/q is the condition number, and without a known mu use rules.fista() with a restart"
     check_range("q = mu/L", q, 0.0, 1.0, low_open=True, high_closed=not below_one, hint=hint)
     return q if isinstance(q, Tracer) else float(q)
+
+
+def stability_limit(
+    beta: Scalar, kappa: Scalar, direct: Scalar = 1.0, lookahead: Scalar = 1.0
+) -> Scalar:
+    r"""The learning rate, in units of 1/L, from which on a method diverges on a quadratic.
+
+    .. math:: \epsilon L < \frac{2 (1 + \beta)}{d\, (1 + \beta) + l\, \kappa}
+
+    for constant coefficients: 2 for gradient descent, 4/3 for Nesterov's method as its momentum
+    tends to 1, and exactly 1, no slack at all, for OGM and TMM.
+
+    Args:
+      beta: in [0, 1), from ``rules.Coefficients``; kappa, direct and lookahead likewise.
+
+    Returns:
+      A number.
+
+    >>> [rules.stability_limit(*rule.step(())[1][:4]).__round__(3)
+    ...  for rule in (rules.strongly_convex(1e-6), rules.tmm(1e-6))]
+    [1.334, 1.0]
+    """
+    return 2 * (1 + beta) / (direct * (1 + beta) + lookahead * kappa)

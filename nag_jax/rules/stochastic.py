@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from nag_jax._checks import check_range
-from nag_jax._rule import Coefficients, Rule, at_step, check_momentum, constant, first_step
+from nag_jax.rules.rule import Coefficients, Rule, at_step, check_momentum, constant, first_step
 
 
 def heavy_ball(momentum: optax.ScalarOrSchedule = 0.9) -> Rule:

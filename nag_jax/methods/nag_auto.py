@@ -19,9 +19,9 @@ from nag_jax._arithmetic import (
 )
 from nag_jax._checks import check_choice, check_range, given_params
 from nag_jax._restarting import inner_products
-from nag_jax._rule import at_step, check_momentum
-from nag_jax.averaging import averaged
 from nag_jax.kernel import accelerate
+from nag_jax.methods.averaged import averaged
+from nag_jax.rules.rule import at_step, check_momentum
 
 _FIRST = 0.01  # the first distance, in units of 1 + the norm of the parameters
 _PACE = 10.0  # effective step in units of distance / norm of all gradients

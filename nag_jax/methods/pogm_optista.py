@@ -26,9 +26,9 @@ from nag_jax._arithmetic import (
     wide_zeros,
 )
 from nag_jax._checks import check_prox, check_range, given_params
-from nag_jax._rule import at_step, first_step, optimized_t
 from nag_jax.kernel import AccelerateState
 from nag_jax.proximal import Prox
+from nag_jax.rules.rule import at_step, first_step, optimized_t
 
 
 def pogm(

@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nag_jax import _gradients
-from nag_jax.sharding import place
+from nag_jax.devices import gradients
+from nag_jax.devices.zero1 import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Devices:
 
     def divide(self, batch: Any) -> tuple[Any, Any]:
         """The rows that divide evenly, and the few that are left, None where there are none."""
-        count = _gradients.rows(batch)
+        count = gradients.rows(batch)
         even = count - count % (self.count * self.accumulate)
         if self._whole_batch or even == count:
             return batch, None
@@ -106,7 +106,7 @@ class Devices:
             )
             return Pmapped(mapped, self.count)
         kept = jax.tree.map(self.sharding, (params, state))
-        even = main is not None and _gradients.rows(main) % self.count == 0
+        even = main is not None and gradients.rows(main) % self.count == 0
         return jax.jit(
             update,
             donate_argnums=(0, 1),
@@ -116,7 +116,7 @@ class Devices:
 
     def mean(
         self,
-        loss: _gradients.Loss,
+        loss: gradients.Loss,
         split: bool,
         params: Any,
         rest: Any,
@@ -124,18 +124,18 @@ class Devices:
         main: Any,
         extra: Any,
         gradient: bool = True,
-    ) -> _gradients.Mean:
+    ) -> gradients.Mean:
         """Of the whole batch, the same on all devices; ``split``: whether params are."""
         if self._whole_batch:
-            return _gradients.of_whole(loss, params, rest, key, self._spread(main), gradient)
+            return gradients.of_whole(loss, params, rest, key, self._spread(main), gradient)
         if split:
-            return _gradients.of_pieces(
+            return gradients.of_pieces(
                 loss, params, rest, key, self._interleaved(main), extra, gradient
             )
 
-        def local(params: Any, rest: Any, key: Any, main: Any, extra: Any) -> _gradients.Mean:
+        def local(params: Any, rest: Any, key: Any, main: Any, extra: Any) -> gradients.Mean:
             micro = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), main)
-            return _gradients.of_pieces(
+            return gradients.of_pieces(
                 loss, params, rest, key, micro, extra, gradient, self.axis, self.count
             )
 
@@ -159,7 +159,7 @@ class Devices:
 
     def _spread(self, batch: Any) -> Any:
         explicit = AxisType.Explicit in self.mesh.axis_types
-        if explicit and _gradients.rows(batch) % self.count:
+        if explicit and gradients.rows(batch) % self.count:
             return batch  # only Auto axes divide unevenly
         return jax.tree.map(lambda x: place(x, self.rows), batch)
 

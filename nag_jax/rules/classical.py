@@ -1,10 +1,6 @@
-"""Rules: each Nesterov-type method as a few scalars a step, for ``accelerate``.
+"""Nesterov's own methods: their only scalar is the momentum of the step.
 
-What a rule is stands in ``_rule.py``. ``rules_optimal`` has the worst-case optimal ones and
-``rules_stochastic`` those made for noise and for averaging; all are public here, as ``rules.ogm``
-and so on. The scalars of Nesterov's own methods, which are here, are the momentum alone::
-
-    m' = momentum*(m + u),  update = u + m',  x_eval = params - m'
+m' = momentum*(m + u),  update = u + m',  x_eval = params - m'
 """
 
 from typing import Any
@@ -13,25 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._checks import check_range
-from nag_jax._rule import Coefficients as Coefficients
-from nag_jax._rule import Rule as Rule
-from nag_jax._rule import Scalar as Scalar
-from nag_jax._rule import at_step, check_conditioning, check_momentum, first_step
-from nag_jax._rule import constant as constant
-from nag_jax.rules_optimal import item as item
-from nag_jax.rules_optimal import lessard as lessard
-from nag_jax.rules_optimal import ogm as ogm
-from nag_jax.rules_optimal import ogm_g as ogm_g
-from nag_jax.rules_optimal import robust_momentum as robust_momentum
-from nag_jax.rules_optimal import sc_ogm as sc_ogm
-from nag_jax.rules_optimal import tmm as tmm
-from nag_jax.rules_stochastic import accsgd as accsgd
-from nag_jax.rules_stochastic import agnes as agnes
-from nag_jax.rules_stochastic import gpa as gpa
-from nag_jax.rules_stochastic import heavy_ball as heavy_ball
-from nag_jax.rules_stochastic import mass as mass
-from nag_jax.rules_stochastic import qhm as qhm
-from nag_jax.rules_stochastic import srsgd as srsgd
+from nag_jax.rules.rule import (
+    Coefficients,
+    Rule,
+    at_step,
+    check_conditioning,
+    check_momentum,
+    constant,
+    first_step,
+)
 
 
 def nesterov(momentum: optax.ScalarOrSchedule = 0.9) -> Rule:
@@ -294,26 +280,3 @@ def estimate_sequence(
         step=step,
         restart=lambda carry: (carry[0], jnp.ones_like(carry[1])),
     )
-
-
-def stability_limit(
-    beta: Scalar, kappa: Scalar, direct: Scalar = 1.0, lookahead: Scalar = 1.0
-) -> Scalar:
-    r"""The learning rate, in units of 1/L, from which on a method diverges on a quadratic.
-
-    .. math:: \epsilon L < \frac{2 (1 + \beta)}{d\, (1 + \beta) + l\, \kappa}
-
-    for constant coefficients: 2 for gradient descent, 4/3 for Nesterov's method as its momentum
-    tends to 1, and exactly 1, no slack at all, for OGM and TMM.
-
-    Args:
-      beta: in [0, 1), from ``rules.Coefficients``; kappa, direct and lookahead likewise.
-
-    Returns:
-      A number.
-
-    >>> [rules.stability_limit(*rule.step(())[1][:4]).__round__(3)
-    ...  for rule in (rules.strongly_convex(1e-6), rules.tmm(1e-6))]
-    [1.334, 1.0]
-    """
-    return 2 * (1 + beta) / (direct * (1 + beta) + lookahead * kappa)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients
-from nag_jax._blocks import BlockState, decode
 from nag_jax._checks import as_static, is_floating
+from nag_jax.precision.blocks import BlockState, decode
 
 
 class Storage(NamedTuple):

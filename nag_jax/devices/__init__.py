@@ -1,0 +1,1 @@
+"""Training steps and optimizer state over several devices."""
