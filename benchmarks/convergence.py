@@ -21,7 +21,7 @@ import optax
 
 import nag_jax
 from benchmarks.machine import describe_machine
-from benchmarks.readme import source, write_section
+from benchmarks.readme import markdown, source, write_section
 from examples import convex
 
 HERE = Path(__file__).parent
@@ -145,26 +145,31 @@ def separable(jaxopt: Any) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    show = lambda n: "-" if n is None else str(n)
-    lines = [
-        source(results),
-        "",
-        "| problem | dtype | method | 1e-3 | 1e-6 | 1e-9 | Hessian products |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
+    """Gradients of each method, a row for each problem, and what happens on separable data."""
+    methods = dict.fromkeys(row["method"] for row in results["rows"])
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in results["rows"]:
-        counts = [show(n) for n in row["gradients"]] + [""] * (3 - len(row["gradients"]))
-        lines.append(
-            f"| {row['problem']} | {row['dtype']} | {row['method']} | "
-            f"{' | '.join(counts)} | {row['hessian_products'] or ''} |"
-        )
-    lines += ["", f"Separable logistic regression, float32, {results['steps']} iterations:", ""]
-    for name, row in results["separable"].items():
-        end = row["first_not_finite"]
-        state = "finite throughout" if end is None else f"not finite from iteration {end} on"
-        lines.append(f"* {name}: {state}, last finite loss {row['last_finite_loss']:.1e}")
-    return "\n".join(lines)
+        found.setdefault((row["problem"], row["dtype"]), {})[row["method"]] = row
+    body = []
+    for (problem, dtype), rows in found.items():
+        cells = [per_gap(rows[m]["gradients"]) if m in rows else "" for m in methods]
+        products = max(row["hessian_products"] for row in rows.values())
+        body.append([problem, dtype, *cells, products])
+    separable = [
+        [name, row["first_not_finite"] or "never", f"{row['last_finite_loss']:.1e}"]
+        for name, row in results["separable"].items()
+    ]
+    head = ["separable logistic regression, float32", "not finite from", "last finite loss"]
+    return (
+        f"{source(results)} At most {results['steps']} steps.\n\n"
+        f"{markdown(['problem', 'dtype', *methods, 'Hessian products'], body, 2)}\n\n"
+        f"{markdown(head, separable)}"
+    )
+
+
+def per_gap(counts: list[int | None]) -> str:
+    """The counts of one method, the largest gap first."""
+    return " / ".join("-" if n is None else str(n) for n in counts)
 
 
 def main() -> None:
