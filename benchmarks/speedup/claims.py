@@ -119,7 +119,7 @@ def conclusions(results: dict[str, dict[str, Any]]) -> dict[str, bool]:
     more = lambda values, bound=1.0: all(value > bound for value in values)
     sgd, sgd_end = s.in_training("sgd").values(), s.in_training("sgd", share=1.0).values()
     ball, adam, auto = (s.in_training(key) for key in (BALL, "adam", AUTO))
-    gap = {key: report.to_gap(s.trained["softmax"], key).mean for key in (BALL, NAG)}
+    gap = {key: report.to_gap(s.trained["softmax"], key).mean or 0.0 for key in (BALL, NAG)}
     growth = np.divide(s.on_quadratics("sgd")[1:], s.on_quadratics("sgd")[:-1])
     errors = s.trained["autoencoder"]["rows"]
     error = lambda key, mu: np.mean(errors[f"{key}@{mu}"]["test_of_best"])
@@ -140,7 +140,7 @@ def conclusions(results: dict[str, dict[str, Any]]) -> dict[str, bool]:
         "needs fewer steps than tuned NAG on every quadratic and on full-batch regression": less(
             s.on_quadratics(BALL)
         )
-        and bool(gap[BALL] and gap[NAG] and gap[BALL] < gap[NAG]),
+        and 0 < gap[BALL] < gap[NAG],
         "more accurate than SGD on each of the four": more(ahead["sgd"], 0),
         "about as accurate as heavy ball": less(abs(ahead[BALL]), 1),
         "Nadam is at least as accurate as NAG": less(ahead["nadam"], 1e-9),
