@@ -1,4 +1,4 @@
-"""Every example in a docstring and every Python block of a page runs and says the truth."""
+"""Every example in a docstring and every Python block of a page runs; pages and files agree."""
 
 import ast
 import doctest
@@ -20,12 +20,12 @@ MODULES = [m.name for m in pkgutil.walk_packages(nag_jax.__path__, "nag_jax.")]
 MODULES_OF_USERS = (nag_jax, nag_jax.rules, nag_jax.schedules, nag_jax.restart, nag_jax.proximal)
 NAMES = dict(jax=jax, jnp=jnp, optax=optax, nag_jax=nag_jax, rules=nag_jax.rules)
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
-OPTIONAL = {"jaxopt", "torch"}  # what pages compare with; nothing else may be missing
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
+OPTIONAL = {"jaxopt", "torch"}  # libraries that pages compare with; no other may be missing
 
 
 def programs(page):
-    """Its Python blocks; one that imports nothing goes on from the one before it."""
+    """Its Python blocks; one without an import continues the one before it."""
     text, found = page.read_text(), []
     for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         # As many lines as there are before it, so that a traceback names the line of the page.
@@ -105,7 +105,11 @@ def test_the_api_reference_has_every_public_name_once():
 def test_links_between_the_pages_lead_somewhere():
     links = [
         (page, target)
-        for page in PAGES
+        for page in (
+            *PAGES,
+            *ROOT.glob("benchmarks/README.md"),
+            *ROOT.glob("examples/**/README.md"),
+        )
         for target in re.findall(r"\]\(([^)#:\s]+)\)", page.read_text())
     ]
     assert len(links) > 30
@@ -113,10 +117,35 @@ def test_links_between_the_pages_lead_somewhere():
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_a_block_without_imports_goes_on_from_the_one_before():
+def test_a_block_without_imports_continues_the_one_before():
     tutorial = next(page for page in PAGES if page.name == "tutorial.md")
     assert [len(blocks) for blocks in programs(tutorial)] == [
         tutorial.read_text().count("```python")
     ]
     lines = [len(block.splitlines()) for block in programs(tutorial)[0]]
     assert all(a < b for a, b in itertools.pairwise(lines))
+
+
+def test_every_reference_implementation_is_shown_once():
+    shown = re.findall(
+        r"^:pyobject: (\w+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE
+    )
+    tree = ast.parse((ROOT / "tests/reference.py").read_text())
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert sorted(shown) == sorted(defined)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_versions_agree():
+    read = lambda name: (ROOT / name).read_text()
+    pins = dict(re.findall(r'"(ruff|pyright)==([\d.]+)"', read("pyproject.toml")))
+    assert set(pins) == {"ruff", "pyright"}
+    hook = re.search(r"ruff-pre-commit\s+rev: v([\d.]+)", read(".pre-commit-config.yaml"))[1]
+    assert hook == pins["ruff"]
+    citation = re.search(r"^version: ([\w.]+)$", read("CITATION.cff"), re.MULTILINE)[1]
+    bibtex = re.search(r"version = {([\w.]+)}", read("docs/index.md"))[1]
+    released = re.findall(r"^## \[?(\d[\w.]*)", read("CHANGELOG.md"), re.MULTILINE)
+    assert citation == bibtex == released[0]
