@@ -94,6 +94,13 @@ def tuning() -> dict[str, bool]:
     return {"no change costs as much as one point": max(costs) < 1}
 
 
+def find_lr() -> dict[str, bool]:
+    ratios = [row["suggestion"] / row["configured"] for row in read("find_lr")["rows"].values()]
+    return {
+        "within a factor of three of the configured rates": 1 / 3 < min(ratios) <= max(ratios) < 3
+    }
+
+
 def steps() -> dict[str, bool]:
     shapes = {n: s["rows"] for n, s in read("step_time")["shapes"].items() if n in SHAPES}
     ratios = lambda key: [rows[key]["ratio"] for rows in shapes.values() if key in rows]
@@ -202,7 +209,8 @@ def front() -> dict[str, bool]:
 
 
 ON_BENCHMARKS = (
-    convergence, step_sizes, tuning, steps, precision, throughput, streaming, diloco, scaling
+    convergence, step_sizes, tuning, find_lr, steps, precision, throughput, streaming, diloco,
+    scaling,
 )  # fmt: skip
 CONCLUSIONS = [
     Conclusions(ROOT / "README.md", front),

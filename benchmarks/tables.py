@@ -154,11 +154,21 @@ def transposed(results: dict[str, Any]) -> str:
     return f"{source(results)} Other jobs were running.\n\n{table}"
 
 
+def find_lr(results: dict[str, Any]) -> str:
+    """The suggested and the configured learning rate of each recipe."""
+    rows = [
+        [f"`configs/{name}.py`", f"{row['configured']:g}", f"{row['suggestion']:.3g}"]
+        for name, row in results["rows"].items()
+    ]
+    return f"{source(results)}\n\n{markdown(['recipe', 'configured', 'suggested'], rows)}"
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "convergence": convergence.table,
     "stepsizes": stepsizes.table,
     "auto": auto.table,
     "auto_factors": auto_factors.table,
+    "find_lr": find_lr,
     "step_time": steps,
     "one_loop": one_loop.table,
     "precision": precision,
