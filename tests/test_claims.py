@@ -13,7 +13,7 @@ CONCLUSIONS = [
     for phrase, holds in phrases().items()
 ]
 MEASURED = (claims.PAGE, claims.DOCS / "does_it_help.md")
-# What is no measurement: definitions of the targets, limits of the theory, and settings.
+# Not measurements: definitions of the targets, limits of the theory, and settings.
 GIVEN = ("95 %", "2/L", "4/(3L)", "4/L", "1/L", "1e-3 / 1e-6 / 1e-9", "1e-6 / 1e-9", "ZeRO-1")
 
 
