@@ -211,6 +211,7 @@ def test_average_counts_no_further_than_an_int32():
     np.testing.assert_allclose(state.m, 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sharded_steps_equal_those_of_one_device():
     """Norms are those of whole leaves, under jit and inside shard_map."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -220,6 +220,7 @@ def test_compiles_once(case):
         params, state = step(params, state)
 
 
+@pytest.mark.slow
 @every_case
 def test_scan_vmap_and_eager_agree_with_a_jitted_loop(case):
     optimizer, params = case.make(), example_params()

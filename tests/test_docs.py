@@ -37,8 +37,14 @@ def programs(page):
     return found
 
 
+SLOW = {"jaxopt.md", "methods.md", "tutorial.md"}
 PROGRAMS = [
-    pytest.param(page, blocks, id=f"{page.relative_to(ROOT)}-{number}")
+    pytest.param(
+        page,
+        blocks,
+        id=f"{page.relative_to(ROOT)}-{number}",
+        marks=[pytest.mark.slow] * (page.name in SLOW),
+    )
     for page in PAGES
     for number, blocks in enumerate(programs(page))
 ]

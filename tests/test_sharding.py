@@ -121,6 +121,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", (CASES | MORE).values(), ids=CASES | MORE)
 def test_every_optimizer_is_right_on_many_devices(case):
     """A later optimizer joins by being in CASES; one that needs more than gradients in MORE.
@@ -302,6 +303,7 @@ def test_modes_with_whole_parameters_refuse_split_ones():
             step(params, step.init(params), BATCH)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("jitted", [False, True])
 def test_zero1_takes_python_numbers(jitted, kind):

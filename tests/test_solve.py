@@ -189,6 +189,7 @@ def test_vmap_is_a_loop():
     assert np.max(np.abs(mapped.steps - alone.steps)) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_of_the_data():
     """d solution / d data, by reverse and forward mode, against the closed form."""
@@ -211,6 +212,7 @@ def test_derivatives_of_the_data():
     assert np.all(start == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_through_a_prox():
     """Of the lasso in its strength and its data, against differences of solutions."""
@@ -279,6 +281,7 @@ def test_separable_logistic_regression_in_float32():
         assert np.all(np.diff(values) <= rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_no_more_gradients_than_jaxopt_on_the_problems_of_scikit_learn(dtype, x64):
     """Against the counts that benchmarks/convergence.py wrote: 1e-9, or 1e-6 in float32."""
