@@ -74,7 +74,7 @@ def accelerate(
 
     Raises:
       ValueError: if accumulator_dtype is no floating dtype or storage, or restart no function; from
-        ``init``, if a parameter is neither floating nor complex, or for a restart of a rule
+        ``init``, if a parameter is neither floating-point nor complex, or for a restart of a rule
         whose d or l is not 1.
 
     The point: any optimizer can be accelerated, and the iterate to evaluate is known.
