@@ -190,7 +190,7 @@ def nag_auto(
         further = lambda u, d, p: (wide(d) + applied(u, p)).astype(d.dtype)
         moved = filled(map_gradients(further, updates, state.moved, params), state.moved)
         return updates, AutoState(
-            steps=state.steps + 1,
+            steps=jnp.asarray(optax.safe_increment(state.steps)),
             moved=moved,
             size=size,
             distance=distance,

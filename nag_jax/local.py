@@ -117,7 +117,7 @@ def outer(
         params = given_params("outer", params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
-        steps = state.steps + 1
+        steps = jnp.asarray(optax.safe_increment(state.steps))
 
         def stay(updates: Any, slow: Any, outer_state: Any) -> Any:
             return updates, slow, outer_state

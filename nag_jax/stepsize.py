@@ -219,9 +219,9 @@ def backtracking(
             learning_rate=new_lr,
             t=new_t,
             momentum=jnp.where(ok, scale, carry.momentum * scale),
-            accepted=carry.accepted + ok.astype(jnp.int32),
-            retries=carry.retries + (~ok).astype(jnp.int32),
-            values=carry.values + n,
+            accepted=_added(carry.accepted, ok),
+            retries=_added(carry.retries, ~ok),
+            values=_added(carry.values, n),
         )
         return updates, AccelerateState(m=m, carry=carry, readout=state.readout, restart=memory)
 
@@ -238,6 +238,11 @@ def _step(g: Any, params: Any, prox: Any, lr: Any) -> Any:
 def _moved(params: Any, u: Any) -> Any:
     move = lambda u, p: (wide(p) + wide(u)).astype(jnp.result_type(p))
     return filled(map_gradients(move, u, params), params)
+
+
+def _added(count: jax.Array, more: jax.Array) -> jax.Array:
+    """``count + more``, or ``count`` where that would overflow."""
+    return jnp.maximum(count + more.astype(count.dtype), count)
 
 
 def _corrected(mass: jax.Array, lr: jax.Array) -> jax.Array:

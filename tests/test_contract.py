@@ -532,6 +532,15 @@ def test_a_leaf_without_a_gradient_stays_as_it_is(name):
 
 
 @every_optimizer
+def test_no_count_of_steps_wraps(name):
+    optimizer, params, step = partly_frozen(name)
+    most = np.iinfo(np.int32).max
+    count = lambda x: jnp.full_like(x, most) if x.dtype == jnp.int32 else x
+    _, state = step(params, jax.tree.map(count, optimizer.init(params)))
+    assert all(np.all(x >= 0) for x in jax.tree.leaves(state) if x.dtype == jnp.int32)
+
+
+@every_optimizer
 def test_a_whole_equinox_model_is_updated_as_its_parameters_are(name):
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
