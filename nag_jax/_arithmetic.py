@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nag_jax._checks import check_trainable, is_array
+
 
 def dtype_of(p: Any) -> Any:
     """Of an array, an abstract one or a Python number."""
@@ -24,7 +26,8 @@ def cast_like(x: jax.Array, other: Any) -> jax.Array:
 
 
 def wide_zeros(params: Any) -> Any:
-    """Zeros like ``params``, in float32 at least."""
+    """Zeros like ``params``, in float32 at least; ValueError for a leaf that cannot be trained."""
+    check_trainable("momentum", params)
     wider = lambda p: jnp.promote_types(dtype_of(p), jnp.float32)
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wider(p)), params)
 
@@ -61,10 +64,41 @@ def filled(tree: Any, default: Any) -> Any:
     )
 
 
+def trained(params: Any, buffer: Any) -> Any:
+    """``params`` with None where ``buffer`` has it.
+
+    The state of an Equinox model is made from its arrays, but ``update`` may be given the whole
+    model, with its functions.
+    """
+    return map_gradients(lambda _, p: p, buffer, params)
+
+
+def apply_prox(prox: Callable[[Any, Any], Any], tree: Any, step: Any) -> Any:
+    """``prox(tree, step)``; ValueError unless that has the structure and shapes of ``tree``."""
+    after = prox(tree, step)
+    try:
+        alike = lambda z, new: is_array(new) and jnp.shape(z) == jnp.shape(new)
+        same = jax.tree.map(alike, tree, after)
+    except ValueError:  # another structure
+        same = False
+    if not jax.tree.all(same):
+        raise ValueError(
+            "prox must return a tree with the structure and shapes of its first argument, got "
+            f"{_described(after)} for {_described(tree)}; a penalty's prox returns the minimizer, "
+            "not the value"
+        )
+    return after
+
+
 def proximal_step(prox: Callable[[Any, Any], Any], g: Any, params: Any, lr: Any) -> Any:
     """prox(params - lr*g) - params, in float32 at least."""
     point = map_gradients(lambda g, p: wide(p) - real_like(lr, p) * wide(g), g, params)
-    return map_gradients(lambda g, p, z: wide(z) - wide(p), g, params, prox(point, lr))
+    after = apply_prox(prox, point, lr)
+    return map_gradients(lambda g, p, z: wide(z) - wide(p), g, params, after)
+
+
+def _described(tree: Any) -> str:
+    return str(jax.tree.map(lambda x: getattr(x, "shape", x), tree))
 
 
 def applied(u: jax.Array, p: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from nag_jax._arithmetic import map_gradients, varying_axes, wide
 from nag_jax._checks import given_scalar
@@ -64,8 +65,8 @@ def decide(
     fire = given_scalar("what a restart condition returns first", result[0]).astype(bool)
     remembered = given_scalar("what a restart condition returns second", result[1])
     return fire, RestartState(
-        restarts=state.restarts + fire.astype(jnp.int32),
-        steps=jnp.where(fire, 0, state.steps + 1),
+        restarts=jnp.where(fire, optax.safe_increment(state.restarts), state.restarts),
+        steps=jnp.where(fire, 0, optax.safe_increment(state.steps)),
         remembered=remembered.astype(state.remembered.dtype),
     )
 

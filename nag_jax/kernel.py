@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from nag_jax import _restarting
 from nag_jax._arithmetic import cast_like, map_gradients
-from nag_jax.precision import storage as storages
+from nag_jax.precision.stochastic import storage as storages
 from nag_jax.rules.rule import Rule, Scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
@@ -75,7 +75,7 @@ def accelerate(
 
     Raises:
       ValueError: if accumulator_dtype is no floating dtype or storage, or restart no function; from
-        ``init``, if a parameter is neither floating nor complex, or for a restart of a rule
+        ``init``, if a parameter is neither floating-point nor complex, or for a restart of a rule
         whose d or l is not 1.
 
     The point: any optimizer can be accelerated, and the iterate to evaluate is known.

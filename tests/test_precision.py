@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import nag_jax
 from nag_jax import rules
-from nag_jax.precision import blocks as _blocks
-from nag_jax.precision import rounding as _rounding
+from nag_jax.precision.stochastic import blocks as _blocks
+from nag_jax.precision.stochastic import rounding as _rounding
 
 INT8 = functools.partial(nag_jax.int8_blocks, min_size=1)
 STORAGES = {"bfloat16": nag_jax.stochastic_bfloat16, "int8": INT8}
@@ -409,7 +409,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"a storage such as nag_jax\.stochastic_bfloat16"):
         nag_jax.nag(0.1, accumulator_dtype=jnp.int8)
     tail = nag_jax.stochastic_rounding()
-    with pytest.raises(ValueError, match="knows bfloat16 only"):
+    with pytest.raises(ValueError, match="needs bfloat16 or at least 32 bits"):
         tail.init({"a": jnp.ones(2, jnp.float16)})
     with pytest.raises(ValueError, match="needs params"):
         tail.update(jnp.ones(2), tail.init(jnp.ones(2)))

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nag_jax._checks import check_count, check_optimizer
+from nag_jax._checks import check_arrays, check_count, check_optimizer, is_array
 
 
 def zero1(
@@ -77,13 +77,19 @@ def zero1(
         return whole
 
     def split(tree: Any) -> Any:
-        arrays = jax.tree.map(jnp.asarray, tree)  # a leaf may be a Python number
-        return jax.tree.map(lambda x: place(x, sharding(x)), arrays)
+        def part(x: Any) -> Any:
+            if not is_array(x):  # a function in an Equinox model
+                return x
+            x = jnp.asarray(x)  # it may be a Python number
+            return place(x, sharding(x))
+
+        return jax.tree.map(part, tree)
 
     def gather(tree: Any) -> Any:
-        return jax.tree.map(lambda x: place(x, whole), tree)
+        return jax.tree.map(lambda x: place(x, whole) if is_array(x) else x, tree)
 
     def init(params: optax.Params) -> Any:
+        check_arrays("zero1", params)
         leaves = jax.tree.leaves(params)
         if any(isinstance(p, Tracer) for p in leaves):
             return split(inner.init(params))

@@ -74,7 +74,8 @@ def adanag(
       It keeps two buffers, the kernel's and the last gradient. In its state is ``learning_rate``.
 
     Raises:
-      ValueError: for an initial that is not above 0; from update, if called without value.
+      ValueError: for an initial that is not above 0; from init, if a parameter is neither
+        floating-point nor complex; from update, if called without value.
 
     The point: curvatures of any size, one value and one gradient a step.
 
@@ -161,7 +162,7 @@ def _rule() -> Rule:
         tau = lambda k: (k + 14) / 12
         i = k.astype(float)
         beta, kappa = (tau(i) - 1) / tau(i + 1), (_a(i) - 1) / tau(i + 1)
-        return k + 1, Coefficients(beta, kappa, readout=0.0)
+        return jnp.asarray(optax.safe_increment(k)), Coefficients(beta, kappa, readout=0.0)
 
     return Rule(first_step, step)
 

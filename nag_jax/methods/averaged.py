@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide_zeros
-from nag_jax._checks import check_optimizer, check_range, given_params
+from nag_jax._checks import check_optimizer, check_range, check_trainable, given_params
 from nag_jax.kernel import AccelerateState
 
 
@@ -43,7 +43,8 @@ def averaged(
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
 
     Raises:
-      ValueError: if power is out of range or optimizer is none; from update, without params.
+      ValueError: if power is out of range or optimizer is not a gradient transformation; from init,
+        if a parameter is neither floating-point nor complex; from update, without params.
 
     The point: noise that the last params still have is gone from their average.
 
@@ -70,6 +71,7 @@ def averaged(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> AccelerateState:
+        check_trainable("averaging", params)
         return AccelerateState(
             m=wide_zeros(params),
             carry=AverageState(jnp.zeros([], jnp.int32), inner.init(params)),

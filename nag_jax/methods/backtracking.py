@@ -16,11 +16,13 @@ from nag_jax._arithmetic import (
     map_gradients,
     proximal_step,
     real_like,
+    trained,
     wide,
 )
 from nag_jax._checks import check_prox, check_range, given_scalar
 from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import AccelerateState
+from nag_jax.precision import storage as _storage
 from nag_jax.proximal import Prox
 
 _ROUNDING = 4  # of values, in units of the precision
@@ -72,7 +74,8 @@ def backtracking(
     rounding hides, relative to f and to :math:`\sum |g_i y_i|`, change no learning rate.
 
     Args:
-      prox: of a penalty or constraint beside the loss, from ``nag_jax.proximal``; None: none.
+      prox: ``(tree, step) -> tree``, of a penalty or constraint that is added to the loss, from
+        ``nag_jax.proximal``; None: none.
       initial: where the first call starts its search for a learning rate, above 0. None:
         :math:`\sqrt 2 |f| / \|g\|^2`, which has the right units, so that it makes no difference
         which ones f and params have.
@@ -91,7 +94,8 @@ def backtracking(
       ``learning_rate``, ``t``, ``accepted``, ``retries`` and ``values``.
 
     Raises:
-      ValueError: for arguments out of range; from update, if something it needs is missing.
+      ValueError: for arguments out of range; from init, if a parameter is neither floating-point
+        nor complex; from update, if something it needs is missing.
 
     The point: curvatures of any size, and nothing to tune.
 
@@ -132,7 +136,7 @@ def backtracking(
         scalar = lambda x: jnp.full([], x, float)
         count = lambda: jnp.zeros([], jnp.int32)
         return AccelerateState(
-            m=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(p)), params),
+            m=_storage.zeros(params),
             carry=BacktrackingState(scalar(0), scalar(1), scalar(0), count(), count(), count()),
             readout=scalar(-1),
             restart=() if restart is None else _restarting.start(),
@@ -157,7 +161,7 @@ def backtracking(
         real = carry.learning_rate.dtype
         dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(real)
         value = given_scalar("value", value).astype(real)
-        rounding = _ROUNDING * _rounding(value, g, params, dot)
+        rounding = _ROUNDING * _rounding(value, g, trained(params, state.m), dot)
 
         def test(lr: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Whether the step is short enough, and whether that can be told at all."""
@@ -216,9 +220,9 @@ def backtracking(
             learning_rate=new_lr,
             t=new_t,
             momentum=jnp.where(ok, scale, carry.momentum * scale),
-            accepted=carry.accepted + ok.astype(jnp.int32),
-            retries=carry.retries + (~ok).astype(jnp.int32),
-            values=carry.values + n,
+            accepted=_added(carry.accepted, ok),
+            retries=_added(carry.retries, ~ok),
+            values=_added(carry.values, n),
         )
         return updates, AccelerateState(m=m, carry=carry, readout=state.readout, restart=memory)
 
@@ -235,6 +239,11 @@ def _step(g: Any, params: Any, prox: Any, lr: Any) -> Any:
 def _moved(params: Any, u: Any) -> Any:
     move = lambda u, p: (wide(p) + wide(u)).astype(jnp.result_type(p))
     return filled(map_gradients(move, u, params), params)
+
+
+def _added(count: jax.Array, more: jax.Array) -> jax.Array:
+    """``count + more``, or ``count`` where that would overflow."""
+    return jnp.maximum(count + more.astype(count.dtype), count)
 
 
 def _corrected(mass: jax.Array, lr: jax.Array) -> jax.Array:

@@ -33,7 +33,8 @@ def fista(
     Args:
       learning_rate: :math:`\epsilon`, at least 0, best 1/L (``nag_jax.largest_curvature``), or a
         schedule of the integer step that varies little (see ``rules.estimate_sequence``).
-      prox: of a penalty or constraint, from ``nag_jax.proximal``; None: none.
+      prox: ``(tree, step) -> tree``, of a penalty or constraint, from ``nag_jax.proximal``; None:
+        none.
       restart: "gradient", "value" (update then needs ``value=loss``), "speed", None for never, or
         a condition from ``nag_jax.restart``.
       accumulator_dtype: of the buffer, as in ``accelerate``; None: that of each parameter.
@@ -43,7 +44,8 @@ def fista(
       Under ``inject_hyperparams`` prox, restart and accumulator_dtype are static arguments.
 
     Raises:
-      ValueError: for a negative learning rate or an unknown restart.
+      ValueError: for a negative learning rate, a prox that does not take (tree, step) or an unknown
+        restart.
 
     The point: least squares under a constraint, to rounding, knowing only L.
 

@@ -1,4 +1,4 @@
-"""FISTA that never gets worse: a kernel of its own, since it looks before it takes a step."""
+"""FISTA that never gets worse: a kernel of its own, since it evaluates a step before taking it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,36 +20,37 @@ from nag_jax.kernel import AccelerateState
 
 
 def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
-    r"""MFISTA: FISTA whose evaluated iterate never gets worse, for one evaluation more a step.
+    r"""MFISTA: FISTA whose evaluated iterate never gets worse, for one more evaluation per step.
 
     .. math::
         z = y + u, \qquad x' = \arg\min_{\{z, x\}} F, \qquad
         y' = x' + \frac{t}{t'} (z - x') + \frac{t - 1}{t'} (x' - x)
 
-    with FISTA's t and FISTA's bound. It stands where ``accelerate(rules.fista())`` would. In the
+    with FISTA's t and FISTA's bound. It takes the place of ``accelerate(rules.fista())``. In the
     kernel's terms, with w = m + u: m' = (t-1)/t' w and update = u + m' if z is taken, else
     m' = t/t' w and update = m' - m.
 
     The buffer, x and z are float32 at least, and F(x) grows by no more than their rounding. For
-    bfloat16 params ``eval_params`` gives x rounded to them, where F may grow (x itself for a
+    bfloat16 params ``eval_params`` returns x rounded to them, where F may grow (x itself for a
     float32 copy of params), and y stops where steps are below half a unit of its last place, long
-    before float32 params do. F is not evaluated at the start, so that the first step is taken
-    wherever it leads.
+    before float32 params do. F is not evaluated at the start, so the first step is always taken.
 
     Args:
       objective: ``F(tree) -> scalar``, the loss with its penalty, finite at proximal points; the
-        tree is like params, in float32 at least but for leaves without a gradient.
+        tree is like params, in float32 at least where there is a gradient.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
 
     Raises:
-      ValueError: if objective is no function; from update, if objective returns no scalar or
-        there are no params.
+      ValueError: if objective is not a function; from init, if a parameter is neither
+        floating-point nor complex; from update, if objective does not return a real scalar, or
+        without params.
 
-    >>> objective = lambda p: jnp.sum(p**2) / 2 + jnp.sum(jnp.abs(p))
-    >>> head = nag_jax.proximal.prox_step(nag_jax.proximal.l1(1.0), 1.0)
-    >>> optimizer = optax.chain(head, nag_jax.monotone_fista(objective))
+    Example:
+      >>> objective = lambda p: jnp.sum(p**2) / 2 + jnp.sum(jnp.abs(p))
+      >>> head = nag_jax.proximal.prox_step(nag_jax.proximal.l1(1.0), 1.0)
+      >>> optimizer = optax.chain(head, nag_jax.monotone_fista(objective))
 
     References:
       Beck, Teboulle, Fast gradient-based algorithms for constrained total variation image

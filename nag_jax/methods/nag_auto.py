@@ -14,6 +14,7 @@ from nag_jax._arithmetic import (
     filled,
     map_gradients,
     real_like,
+    trained,
     wide,
     wide_zeros,
 )
@@ -88,7 +89,8 @@ def nag_auto(
       ``optax.tree.get(state, "learning_rate")``, without ``inject_hyperparams``.
 
     Raises:
-      ValueError: for numbers out of range; from update, without params.
+      ValueError: for numbers out of range; from init, if a parameter is neither floating-point nor
+        complex; from update, without params.
 
     G forgets no gradient: after one a thousand times too large all steps are as much smaller, so
     clip where such come (``optax.clip_by_global_norm`` before it). One whose square overflows, in
@@ -144,7 +146,7 @@ def nag_auto(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AutoState]:
         del extra_args
-        params = given_params("nag_auto", params)
+        params = trained(given_params("nag_auto", params), state.moved)
         real = state.distance.dtype
         mu = jnp.asarray(at_step(momentum, state.steps), real)
         factor = jnp.asarray(at_step(learning_rate, state.steps), real)
@@ -188,7 +190,7 @@ def nag_auto(
         further = lambda u, d, p: (wide(d) + applied(u, p)).astype(d.dtype)
         moved = filled(map_gradients(further, updates, state.moved, params), state.moved)
         return updates, AutoState(
-            steps=state.steps + 1,
+            steps=jnp.asarray(optax.safe_increment(state.steps)),
             moved=moved,
             size=size,
             distance=distance,

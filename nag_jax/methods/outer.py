@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients, varying_axes, wide
-from nag_jax._checks import check_count, check_dtype, check_optimizer, given_params
+from nag_jax._checks import (
+    check_count,
+    check_dtype,
+    check_optimizer,
+    check_trainable,
+    given_params,
+)
 from nag_jax.kernel import OuterState
 
 
@@ -61,7 +67,8 @@ def outer(
 
     Raises:
       ValueError: for an every below 1, a slow_dtype that is not floating or an optimizer that is
-        none; from update, if it is called without params.
+        none; from init, if a parameter is neither floating-point nor complex; from update, if it is
+        called without params.
 
     The point: on a valley that is steep one way, plain descent crawls along the other. Looking back
     at 10 of its steps at a time is enough to accelerate it.
@@ -94,6 +101,7 @@ def outer(
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)
 
     def init(params: optax.Params) -> OuterState:
+        check_trainable("the outer step", params)
         slow = jax.tree.map(lambda p: _copy(p, slow_dtype), params)
         start = jnp.zeros([], jnp.int32)
         return OuterState(inner.init(params), slow, outer_optimizer.init(slow), start)
@@ -109,7 +117,7 @@ def outer(
         params = given_params("outer", params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
-        steps = state.steps + 1
+        steps = jnp.asarray(optax.safe_increment(state.steps))
 
         def stay(updates: Any, slow: Any, outer_state: Any) -> Any:
             return updates, slow, outer_state

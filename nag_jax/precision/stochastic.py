@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients
-from nag_jax._checks import check_count, given_params
+from nag_jax._checks import check_count, check_trainable, given_params
 from nag_jax.precision.blocks import BlockState, block_shape, encode, rescale, zero_scales
 from nag_jax.precision.rounding import check_seed, next_key, start_key, to_bfloat16, uniform_bits
 from nag_jax.precision.storage import Storage, map_numbered, zeros
@@ -171,7 +171,8 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: if seed is no such integer; from ``init``, for parameters of less than 32 bits
-        other than bfloat16; from update, if it is called without params.
+        other than bfloat16 and for those that are neither floating-point nor complex; from update,
+        if it is called without params.
 
     The point: 2000 updates of -0.0001 add up to -0.2.
 
@@ -193,12 +194,14 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     check_seed(seed)
 
     def init(params: optax.Params) -> NoiseState:
+        check_trainable("stochastic rounding", params)
         for path, p in jax.tree_util.tree_leaves_with_path(params):
             dtype = jnp.result_type(p)
             if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.bfloat16:
                 raise ValueError(
-                    f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}, but "
-                    "stochastic_rounding knows bfloat16 only; leave it out with optax.masked"
+                    f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}; "
+                    "stochastic rounding needs bfloat16 or at least 32 bits. Exclude it with "
+                    "optax.masked."
                 )
         return NoiseState(start_key(seed))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients
-from nag_jax._checks import as_static, is_floating
+from nag_jax._checks import as_static, check_trainable, is_floating
 from nag_jax.precision.blocks import BlockState, decode
 
 
@@ -52,16 +52,12 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
     """A zero buffer like params, and sharded like them, of a dtype or of their own.
 
     Complex leaves stay complex, of float32 at least; leaves below ``min_size`` are float32 at
-    least, too.
+    least, too. ValueError for a leaf that cannot be trained.
     """
+    check_trainable("momentum", params)
 
-    def zero(path: Any, p: Any) -> jax.Array:
+    def zero(p: Any) -> jax.Array:
         own = dtype_of(p)
-        if not jnp.issubdtype(own, jnp.inexact):
-            raise ValueError(
-                f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {own}, but momentum "
-                "needs floating or complex ones; leave it out with optax.masked"
-            )
         if dtype is None:
             return jnp.zeros_like(p, own)  # never of a weak type
         if jnp.issubdtype(own, jnp.complexfloating):
@@ -71,7 +67,7 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
             return jnp.zeros_like(p, jnp.promote_types(own, jnp.float32))
         return jnp.zeros_like(p, dtype)
 
-    return jax.tree_util.tree_map_with_path(zero, params)
+    return jax.tree.map(zero, params)
 
 
 def map_numbered(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
