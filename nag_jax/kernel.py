@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from nag_jax import _restarting
 from nag_jax._arithmetic import cast_like, map_gradients
-from nag_jax.precision.stochastic import storage as storages
+from nag_jax.precision import storage as storages
 from nag_jax.rules.rule import Rule, Scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit

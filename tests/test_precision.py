@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import nag_jax
 from nag_jax import rules
-from nag_jax.precision.stochastic import blocks as _blocks
-from nag_jax.precision.stochastic import rounding as _rounding
+from nag_jax.precision import blocks as _blocks
+from nag_jax.precision import rounding as _rounding
 
 INT8 = functools.partial(nag_jax.int8_blocks, min_size=1)
 STORAGES = {"bfloat16": nag_jax.stochastic_bfloat16, "int8": INT8}
