@@ -5,6 +5,7 @@ text below a table; a test looks for the phrase on its page and for what the res
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,12 +209,32 @@ def front() -> dict[str, bool]:
     }
 
 
+def trainer() -> dict[str, bool]:
+    """The sentences below the tables of the trainer's README."""
+    runs = read("recipes")["recipes"]
+    with_it, without = (
+        runs[name]["runs"][0]["last_row"]["train_accuracy"] for name in ("cnn", "cnn, plain")
+    )
+    seeds = {tuple(run["seed"] for run in row["runs"]) for row in runs.values()}
+    of = [row["versions"] for row in runs.values()]
+    versions = {(v["python"].rpartition(".")[0], v["jax"]) for v in of}
+    rates = [row["suggestion"] / row["configured"] for row in read("find_lr")["rows"].values()]
+    most = math.ceil(10 * max(max(r, 1 / r) for r in rates)) / 10
+    return {
+        f"its training accuracy is {with_it:.1f} % with, {without:.1f} % without": True,
+        "seed 0, or 0, 1 and 2 where three results are given": seeds == {(0,), (0, 1, 2)},
+        "Two CPU cores, Python 3.11, jax 0.10.2": versions == {("3.11", "0.10.2")},
+        f"the suggestion is within a factor of {most} of the rate in": True,
+    }
+
+
 ON_BENCHMARKS = (
     convergence, step_sizes, tuning, find_lr, steps, precision, throughput, streaming, diloco,
     scaling,
 )  # fmt: skip
 CONCLUSIONS = [
     Conclusions(ROOT / "README.md", front),
+    Conclusions(ROOT / "examples" / "trainer" / "README.md", trainer),
     Conclusions(DOCS / "does_it_help.md", speedup),
     Conclusions(DOCS / "step_sizes.md", on_step_sizes_page),
     *(Conclusions(PAGE, phrases) for phrases in ON_BENCHMARKS),

@@ -20,7 +20,10 @@ MODULES = [m.name for m in pkgutil.walk_packages(nag_jax.__path__, "nag_jax.")]
 MODULES_OF_USERS = (nag_jax, nag_jax.rules, nag_jax.schedules, nag_jax.restart, nag_jax.proximal)
 NAMES = dict(jax=jax, jnp=jnp, optax=optax, nag_jax=nag_jax, rules=nag_jax.rules)
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/README.md")]),
+)
 OPTIONAL = {"jaxopt", "torch"}  # libraries that pages compare with; no other may be missing
 
 
@@ -111,11 +114,7 @@ def test_the_api_reference_has_every_public_name_once():
 def test_links_between_the_pages_lead_somewhere():
     links = [
         (page, target)
-        for page in (
-            *PAGES,
-            *ROOT.glob("benchmarks/README.md"),
-            *ROOT.glob("examples/**/README.md"),
-        )
+        for page in PAGES
         for target in re.findall(r"\]\(([^)#:\s]+)\)", page.read_text())
     ]
     assert len(links) > 30
