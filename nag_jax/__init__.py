@@ -9,10 +9,10 @@ from nag_jax.auto import nag_auto as nag_auto
 from nag_jax.averaging import averaged as averaged
 from nag_jax.composite import optista as optista
 from nag_jax.composite import pogm as pogm
+from nag_jax.evaluation import eval_params as eval_params
 from nag_jax.kernel import AccelerateState as AccelerateState
-from nag_jax.kernel import OuterState as OuterState
 from nag_jax.kernel import accelerate as accelerate
-from nag_jax.kernel import eval_params as eval_params
+from nag_jax.local import OuterState as OuterState
 from nag_jax.local import outer as outer
 from nag_jax.local import resynchronize as resynchronize
 from nag_jax.monotone import monotone_fista as monotone_fista

@@ -76,6 +76,29 @@ def check_count(
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}{advice}")
 
 
+def check_mask(name: str, mask: Any) -> None:
+    """Raises ValueError unless ``mask`` is None, a function, or a tree of bools.
+
+    One bool for all parameters is refused: it is what ``inject_hyperparams`` makes of a function
+    that it takes for a schedule and calls with the step.
+    """
+    if mask is None or callable(mask):
+        return
+    leaves, structure = jax.tree.flatten(mask)
+    if jax.tree_util.treedef_is_leaf(structure) or not all(map(_is_bool, leaves)):
+        raise ValueError(
+            f"{name} must be a tree of bools, a function params -> such a tree, or None for all "
+            f"parameters, got {mask!r}; {as_static(name)}"
+        )
+
+
+def _is_bool(x: Any) -> bool:
+    # An array of one bool is fine, unless it is only known at run time.
+    return isinstance(x, bool) or (
+        not isinstance(x, Tracer) and getattr(x, "dtype", None) == np.bool_ and x.shape == ()
+    )
+
+
 def as_static(name: str) -> str:
     """What to do where argument ``name`` came as an array and has to be known while tracing."""
     return f'under inject_hyperparams name it in static_args=("{name}",)'

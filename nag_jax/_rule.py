@@ -38,11 +38,14 @@ class Rule(NamedTuple):
     """A method: ``init() -> carry`` and ``step(carry) -> (carry, Coefficients)``, scalars only.
 
     ``restart(carry) -> carry`` is what a restart leaves of the carry: without it, ``init()``.
+    ``before_learning_rate``: the update is in units of the gradient, the learning rate is the next
+    link of the chain, and readout includes it.
     """
 
     init: Callable[[], Any]
     step: Callable[[Any], tuple[Any, Coefficients]]
     restart: Callable[[Any], Any] | None = None
+    before_learning_rate: bool = False
 
 
 def constant(coefficients: Coefficients) -> Rule:

@@ -35,6 +35,10 @@ class AdaNAGState(NamedTuple):
     learning_rate: jax.Array  # the last one, shape=(), default float dtype; 0: none yet
     curvature: jax.Array  # the last estimate, shape=(), default float dtype; 0: none
 
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns params, which are the iterate, for :func:`eval_params`."""
+        return params
+
 
 def adanag(
     *, initial: float | None = None, axis_name: Any = None

@@ -1,6 +1,6 @@
 """Local training: an outer optimizer on the displacement of H inner steps of many workers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,23 @@ import optax
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients, varying_axes, wide
 from nag_jax._checks import check_count, check_dtype, check_optimizer, given_params
-from nag_jax.kernel import OuterState
+from nag_jax._paths import only_scalar
+from nag_jax.evaluation import evaluated
+
+
+class OuterState(NamedTuple):
+    """State of :func:`outer`."""
+
+    inner: Any  # of the inner optimizer; kept over outer steps
+    slow: optax.Params  # where the round began, like params; their dtype, or slow_dtype
+    outer: Any  # of the outer optimizer
+    steps: jax.Array  # inner steps since the last outer step, shape=(), int32
+
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns the outer optimizer's iterate of the last outer step, for :func:`eval_params`."""
+        del params
+        only_scalar(self.steps)
+        return evaluated(self.slow, self.outer)
 
 
 def outer(

@@ -21,7 +21,7 @@ Prox = Callable[[Any, Any], Any]
 
 
 class ProxStepState(NamedTuple):
-    """State of :func:`prox_step` with a schedule."""
+    """State of :func:`prox_step`."""
 
     step: jax.Array  # shape=(), int32
 
@@ -32,8 +32,9 @@ def prox_step(
     r"""The step of proximal gradient descent, :math:`u = \mathrm{prox}(p - \epsilon g) - p`.
 
     It takes the place of ``optax.sgd(learning_rate)``, which it is for a prox that changes
-    nothing. Momentum comes after it. The learning rate is given here once; with a number the
-    state is empty, so code that tunes it may call ``prox_step(prox, lr).update`` anew each step.
+    nothing. Momentum comes after it. The learning rate is given here once. The state is the
+    same for a number and a schedule, so code that tunes the number may call
+    ``prox_step(prox, lr).update`` anew each step.
 
     Args:
       prox: ``(tree, step) -> tree`` with the shapes of params, in float32 at least; from this
@@ -70,23 +71,20 @@ def prox_step(
     """
     check_prox(prox)
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
-    scheduled = callable(learning_rate)
 
-    def init(params: optax.Params) -> Any:
+    def init(params: optax.Params) -> ProxStepState:
         del params
-        return ProxStepState(jnp.zeros([], jnp.int32)) if scheduled else optax.EmptyState()
+        return ProxStepState(jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, ProxStepState]:
         del extra_args
         params = given_params("prox_step", params)
         lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
         steps = proximal_step(prox, updates, params, lr)
         updates = map_gradients(lambda g, u: cast_like(u, g), updates, steps)
-        if scheduled:
-            state = ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
-        return updates, state
+        return updates, ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -172,7 +172,7 @@ def test_float64_scalars_do_not_widen_float32_params():
     params = {"narrow": jnp.ones(2, jnp.float32), "wide": jnp.ones(2, jnp.float64)}
     updates, state = optimizer.update(params, optimizer.init(params), params)
     assert (updates["narrow"].dtype, updates["wide"].dtype) == (jnp.float32, jnp.float64)
-    assert (state[0].m["narrow"].dtype, state[0].m["wide"].dtype) == (jnp.float32, jnp.float64)
+    assert (state.m["narrow"].dtype, state.m["wide"].dtype) == (jnp.float32, jnp.float64)
     assert updates["wide"][0] == -0.1 * (1 + 0.9)
 
 

@@ -313,7 +313,7 @@ def test_masked_and_missing_leaves_do_not_count():
     both = lambda p: loss(p["free"]) + jnp.sum(p["frozen"] ** 2)
     mask = {"free": True, "frozen": False, "none": None}
     frozen = {"free": False, "frozen": True, "none": None}
-    masked = optax.chain(optax.masked(tx, mask), optax.masked(optax.set_to_zero(), frozen))
+    masked = optax.chain(optax.masked(optax.set_to_zero(), frozen), optax.masked(tx, mask))
     _, ys, fired = run(masked, 500, start=mixed, loss=both)
     _, alone, times = run(tx, 500)
     assert times[-1] >= 1
