@@ -114,18 +114,20 @@ def check_optimizer(name: str, value: Any) -> None:
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Raises ValueError unless ``dtype`` is None or a floating dtype."""
-    if dtype is not None and not is_floating(dtype):
+    """Raises ValueError unless ``dtype`` is None or a floating or complex dtype."""
+    if dtype is not None and not is_inexact(dtype):
         raise ValueError(
-            f"{name} must be a floating dtype such as jnp.float32, or None for the dtype of each "
-            f"parameter, got {dtype!r}; {as_static(name)}"
+            f"{name} must be a floating or complex dtype such as jnp.float32, or None for the "
+            f"dtype of each parameter, got {dtype!r}; {as_static(name)}"
         )
 
 
-def is_floating(dtype: Any) -> bool:
-    """Whether it is a floating dtype, and no array of one."""
+def is_inexact(dtype: Any) -> bool:
+    """Whether it is a floating or complex dtype, and not an array of one."""
+    if isinstance(dtype, jax.Array | np.ndarray | np.generic):
+        return False
     try:
-        return jnp.issubdtype(dtype, jnp.floating) and not hasattr(dtype, "shape")
+        return jnp.issubdtype(dtype, jnp.inexact)
     except TypeError:
         return False
 
@@ -152,7 +154,9 @@ def given_scalar(name: str, value: Any) -> jax.Array:
 def check_prox(prox: Any) -> None:
     """Raises ValueError if ``prox`` is no function of a tree and a step."""
     if not callable(prox):
-        raise ValueError(f"prox must be a function (tree, step) -> tree, got {prox!r}")
+        raise ValueError(
+            f"prox must be a function (tree, step) -> tree, got {prox!r}; {as_static('prox')}"
+        )
     if (getattr(prox, "__module__", None) or "").startswith("optax."):
         raise ValueError(
             f"prox must be a function (tree, step) -> tree, got optax's {prox.__name__}, which "

@@ -89,8 +89,8 @@ def eval_params(params: Any, opt_state: Any) -> Any:
     nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
     if opt_state is None or (nodes and not any(map(is_state, nodes))):
         raise ValueError(
-            f"opt_state must be the state of an optimizer, got {type(opt_state).__name__}; pass what "
-            "init or update returned, with its classes (nnx.state and a checkpoint restored "
+            f"opt_state must be the state of an optimizer, got {type(opt_state).__name__}; pass "
+            "what init or update returned, with its classes (nnx.state and a checkpoint restored "
             "without a target lose them), or the opt_state attribute of a flax.nnx.Optimizer"
         )
     if any(map(_knows, jax.tree.leaves(params, is_leaf=_knows))):
@@ -193,8 +193,8 @@ def _followed(state: Any, link: Any) -> Any:
         readout, scale = only_scalar(state.readout), only_scalar(link.scale)
         return state._replace(readout=readout * jnp.asarray(scale, readout.dtype))
     raise ValueError(
-        f"opt_state has a link after the accelerated optimizer, of state {type(link).__name__}, that "
-        "may change its updates, so the iterate is not known; put that link before it in the "
+        f"opt_state has a link after the accelerated optimizer, of state {type(link).__name__}, "
+        "that may change its updates, so the iterate is not known; put that link before it in the "
         "chain (for groups of parameters use optax.partition) or, if it leaves these updates "
         "alone, pass the state of the accelerated optimizer by itself"
     )

@@ -56,27 +56,31 @@ def accelerate(
 
     Put it *last*, after the learning rate, for rules in units of the parameters
     (``rules.nesterov``, ...): that is exact under any schedule. ``rules.trace`` alone stands
-    before the learning rate. All arithmetic is float32 at least, float64 where leaves are.
+    before the learning rate. A link that follows and changes the update also moves the iterate,
+    so :func:`eval_params` refuses most of them. All arithmetic is float32 at least, float64 where
+    leaves are.
 
     Args:
       rule: the method, from ``nag_jax.rules``.
-      restart: a condition from ``nag_jax.restart`` that empties the buffer and starts the rule
-        anew, so that the next params are params + u; None: never. It needs a rule with d = l = 1.
-        How often it fired is in the state: ``optax.tree.get(state, "restarts")``.
+      restart: "gradient", "value" (update then needs ``value=loss``), "speed", or a condition from
+        ``nag_jax.restart``, that empties the buffer and starts the rule anew, so that the next
+        params are params + u; None: never. It needs a rule with d = l = 1. How often it fired is
+        in the state: ``optax.tree.get(state, "restarts")``.
       axis_name: inside ``shard_map`` or ``pmap``, the axis or axes over which leaves are sharded or
         devices have a ``value`` of their own, for a restart that all devices agree on; None where
         every device holds all of each leaf and the same value.
-      accumulator_dtype: floating dtype of the buffer, or a storage such as
-        ``nag_jax.stochastic_bfloat16()`` or ``nag_jax.int8_blocks()``; default: the dtype of
-        each parameter. Complex parameters keep a complex buffer of at least that precision.
+      accumulator_dtype: floating or complex dtype of the buffer, or a storage such as
+        ``nag_jax.stochastic_bfloat16()`` or ``nag_jax.int8_blocks()``; None: the dtype of each
+        parameter. Complex parameters keep a complex buffer of at least that precision, real ones
+        a real buffer.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its update needs no ``params``, returns the
       dtype of the incoming updates and never changes a shape or dtype of its state.
 
     Raises:
-      ValueError: if accumulator_dtype is no floating dtype or storage, or restart no function; from
-        ``init``, if a parameter is neither floating nor complex, or for a restart of a rule
+      ValueError: if accumulator_dtype is not such a dtype or storage, or for an unknown restart;
+        from ``init``, if a parameter is neither floating nor complex, or for a restart of a rule
         whose d or l is not 1.
 
     The point: any optimizer can be accelerated, and the iterate to evaluate is known.

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import dtype_of, filled, map_gradients, varying_axes, wide
+from nag_jax._arithmetic import (
+    buffer_dtype,
+    dtype_of,
+    filled,
+    map_gradients,
+    varying_axes,
+    wide,
+)
 from nag_jax._checks import check_count, check_dtype, check_optimizer, given_params
 from nag_jax._paths import only_scalar
 from nag_jax.evaluation import evaluated
@@ -66,10 +73,10 @@ def outer(
       every: H, an int of at least 1: inner steps per outer step.
       axis_name: inside ``shard_map``, ``pmap`` or ``vmap``, the axis or axes of the workers, each
         with params and state of its own (a row of a stack); None: one worker.
-      slow_dtype: floating dtype of the slow copy, and so of the buffers of the outer optimizer;
-        None: that of each parameter. With bfloat16 params float32 keeps what an outer step would
-        lose to rounding; a narrower one rounds the model itself at each outer step. Complex
-        parameters keep a complex copy of at least that precision.
+      slow_dtype: floating or complex dtype of the slow copy, and so of the buffers of the outer
+        optimizer; None: that of each parameter. With bfloat16 params float32 keeps what an outer
+        step would lose to rounding; a narrower one rounds the model itself at each outer step.
+        Complex parameters keep a complex copy of at least that precision, real ones a real copy.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Its state holds a
@@ -207,8 +214,7 @@ def _copy(p: Any, slow_dtype: Any) -> Any:
     """A buffer of its own, so that both can be donated; of an abstract leaf an abstract one."""
     dtype = dtype_of(p)
     if slow_dtype is not None:
-        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        dtype = jnp.promote_types(slow_dtype, jnp.complex64) if is_complex else slow_dtype
+        dtype = buffer_dtype(dtype, slow_dtype)
     if isinstance(p, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding)
     return jnp.array(p, dtype, copy=True)
