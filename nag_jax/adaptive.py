@@ -35,10 +35,6 @@ class AdaNAGState(NamedTuple):
     learning_rate: jax.Array  # the last one, shape=(), default float dtype; 0: none yet
     curvature: jax.Array  # the last estimate, shape=(), default float dtype; 0: none
 
-    def iterate(self, params: optax.Params) -> optax.Params:
-        """Returns params, which are the iterate, for :func:`eval_params`."""
-        return params
-
 
 def adanag(
     *, initial: float | None = None, axis_name: Any = None
@@ -167,7 +163,7 @@ def _rule() -> Rule:
         beta, kappa = (tau(i) - 1) / tau(i + 1), (_a(i) - 1) / tau(i + 1)
         return k + 1, Coefficients(beta, kappa, readout=0.0)
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def _a(k: Any) -> Any:

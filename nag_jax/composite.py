@@ -37,10 +37,6 @@ class CompositeState(NamedTuple):
     m: optax.Updates  # the buffer, like params; float32 at least
     steps: jax.Array  # shape=(), int32
 
-    def iterate(self, params: optax.Params) -> optax.Params:
-        """Returns params, which are the iterate, for :func:`eval_params`."""
-        return params
-
 
 def pogm(
     learning_rate: optax.ScalarOrSchedule, prox: Prox, *, horizon: int

@@ -10,7 +10,7 @@ import optax.contrib
 
 from nag_jax._arithmetic import wide
 from nag_jax._paths import at_paths, by_path, only_scalar
-from nag_jax.kernel import AccelerateState, BeforeLearningRateState
+from nag_jax.kernel import AccelerateState, AtParamsState, BeforeLearningRateState
 from nag_jax.precision import NoiseState
 
 # Wrappers that pass on the updates of the optimizer inside or, at some steps, do nothing at all.
@@ -81,7 +81,8 @@ def eval_params(params: Any, opt_state: Any) -> Any:
       >>> for optimizer in (doubled, nag_jax.nag(0.2, 0.9)):
       ...     params = jnp.ones(2)
       ...     updates, state = optimizer.update(params, optimizer.init(params), params)
-      ...     print(nag_jax.eval_params(optax.apply_updates(params, updates), state))
+      ...     x = nag_jax.eval_params(optax.apply_updates(params, updates), state)
+      ...     print(jnp.round(x, 2))
       [0.8 0.8]
       [0.8 0.8]
     """
@@ -118,9 +119,11 @@ def evaluated(params: Any, opt_state: Any) -> Any:
 
 
 def _knows(node: Any) -> bool:
-    return isinstance(node, optax.contrib.ScheduleFreeState) or (
-        isinstance(node, tuple) and callable(getattr(type(node), "iterate", None))
-    )
+    """Whether this state knows an iterate that is not params themselves."""
+    if isinstance(node, AtParamsState) or not isinstance(node, tuple):
+        return False
+    has_method = callable(getattr(type(node), "iterate", None))
+    return has_method or isinstance(node, optax.contrib.ScheduleFreeState)
 
 
 def _iterate(state: Any, params: Any) -> Any:

@@ -38,6 +38,10 @@ class BeforeLearningRateState(AccelerateState):
     """The same for a rule such as ``rules.trace``: the learning rate follows in the chain."""
 
 
+class AtParamsState(AccelerateState):
+    """The same for a rule such as ``rules.heavy_ball``: params are the iterate to evaluate."""
+
+
 def accelerate(
     rule: Rule,
     restart: str | _restarting.Condition | None = None,
@@ -98,6 +102,7 @@ def accelerate(
     storage = _storage.choose(accumulator_dtype)
     condition = conditions.by_name(restart)
     kind = BeforeLearningRateState if rule.before_learning_rate else AccelerateState
+    kind = AtParamsState if rule.at_params else kind
 
     def init(params: optax.Params) -> AccelerateState:
         m, memory = storage.init(params)

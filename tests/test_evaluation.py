@@ -184,8 +184,6 @@ OPTIMIZERS = {
     "averaged": nag_jax.averaged(nag_jax.nag(0.1)),
     "nag_auto": nag_jax.nag_auto(evaluate="iterate"),
     "backtracking": nag_jax.backtracking(),
-    "adanag": nag_jax.adanag(),
-    "pogm": nag_jax.pogm(0.1, nag_jax.proximal.l1(0.1), horizon=5),
     "monotone_fista": optax.chain(optax.sgd(0.1), nag_jax.monotone_fista(loss)),
     "lookahead": nag_jax.lookahead(optax.adam(0.1)),
     "fista": nag_jax.fista(0.1),
@@ -203,6 +201,28 @@ def test_every_optimizer_refuses_a_tail_and_takes_a_head(name):
     state = optax.chain(OPTIMIZERS[name], optax.scale(0.5)).init(ZERO)
     with pytest.raises(ValueError, match="link after the accelerated optimizer"):
         nag_jax.eval_params(ZERO, state)
+
+
+AT_PARAMS = {
+    "heavy_ball": optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.heavy_ball())),
+    "qhm": nag_jax.accelerate(rules.qhm()),
+    "ogm_g": optax.chain(optax.sgd(0.1), nag_jax.accelerate(rules.ogm_g(5))),
+    "adanag": nag_jax.adanag(),
+    "pogm": nag_jax.pogm(0.1, nag_jax.proximal.l1(0.1), horizon=5),
+    "optista": nag_jax.optista(0.1, nag_jax.proximal.l1(0.1), horizon=5),
+}
+
+
+@pytest.mark.parametrize("name", AT_PARAMS)
+def test_where_params_are_the_iterate_anything_may_follow(name):
+    for tail in TAILS.values():
+        if tail is not TAILS["nag"]:
+            state = optax.chain(AT_PARAMS[name], tail).init(ZERO)
+            assert nag_jax.eval_params(ZERO, state) is ZERO
+    params, state = run(AT_PARAMS[name], 3)[-1]
+    assert nag_jax.eval_params(params, state) is params
+    state = optax.contrib.mechanize(AT_PARAMS[name]).init(ZERO)
+    assert nag_jax.eval_params(ZERO, state) is ZERO
 
 
 @pytest.mark.parametrize("name", ["scale", "clip", "clip_by_global_norm", "zero_nans", "identity"])
