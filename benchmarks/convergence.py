@@ -76,8 +76,7 @@ def iterates(problem: convex.Problem, optimizer: Any) -> jax.Array:
         value, g = jax.value_and_grad(problem.loss)(params)
         updates, state = tx.update(g, state, params, value=value, grad=g, value_fn=problem.loss)
         params = optax.apply_updates(params, updates)
-        accelerated = optax.tree.get(state, "readout") is not None
-        return (params, state), nag_jax.eval_params(params, state) if accelerated else params
+        return (params, state), nag_jax.eval_params(params, state)
 
     carry = problem.start, tx.init(problem.start)
     return jax.jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[1])(carry)

@@ -108,8 +108,8 @@ def make_optimizer(config: Any, samples: int, seed: int, storage: str) -> Any:
         accumulator_dtype=STORAGES.get(storage, lambda seed: jnp.float32)(seed),
     )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    tail = PARAMS[storage]() if storage in PARAMS else optax.identity()
-    return optax.chain(clip, nag, tail)
+    tail = [PARAMS[storage]()] if storage in PARAMS else []
+    return optax.chain(clip, nag, *tail)
 
 
 def bytes_per_parameter(shapes: list[tuple[int, ...]], storage: Any) -> float:

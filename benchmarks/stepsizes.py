@@ -47,8 +47,7 @@ def evaluations(known: problems.Known, optimizer: Any, steps: int = STEPS) -> di
         value, g = jax.value_and_grad(problem.loss)(params)
         updates, state = tx.update(g, state, params, value=value, grad=g, value_fn=problem.loss)
         params = optax.apply_updates(params, updates)
-        accelerated = optax.tree.get(state, "readout") is not None
-        x: Any = nag_jax.eval_params(params, state) if accelerated else params
+        x: Any = nag_jax.eval_params(params, state)
         trials = optax.tree.get(state, "num_linesearch_steps")  # each a value and a gradient
         searched = searched + (1 if trials is None else trials)
         new = (problem.objective(x) - known.low <= gaps) & (hits[0] < 0)

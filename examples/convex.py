@@ -144,7 +144,6 @@ def _standardized(x: np.ndarray) -> np.ndarray:
 
 def gap_curve(problem: Problem, optimizer: Any, steps: int) -> np.ndarray:
     """The objective of the evaluated iterate after each step."""
-    accelerated = optax.tree.get(optimizer.init(problem.start), "readout") is not None
 
     def body(carry: Any, _: Any) -> Any:
         params, state = carry
@@ -153,8 +152,7 @@ def gap_curve(problem: Problem, optimizer: Any, steps: int) -> np.ndarray:
             g, state, params, value=value, grad=g, value_fn=problem.loss
         )
         params = optax.apply_updates(params, updates)
-        x = nag_jax.eval_params(params, state) if accelerated else params
-        return (params, state), problem.objective(x)
+        return (params, state), problem.objective(nag_jax.eval_params(params, state))
 
     run = jax.jit(lambda carry: jax.lax.scan(body, carry, length=steps)[1])
     return np.asarray(run((problem.start, optimizer.init(problem.start))))

@@ -143,10 +143,7 @@ def epoch_order(key: jax.Array, epoch: int, samples: int) -> jax.Array:
 
 def evaluation_params(params: Any, opt_state: Any) -> Any:
     """The iterate of NAG; other optimizers keep it as their params."""
-    keeps_it = lambda s: isinstance(s, nag_jax.AccelerateState | nag_jax.OuterState)
-    if any(map(keeps_it, jax.tree.leaves(opt_state, is_leaf=keeps_it))):
-        return nag_jax.eval_params(params, opt_state)
-    return params
+    return nag_jax.eval_params(params, opt_state)
 
 
 def make_evaluate(task: Task, batch_size: int) -> Callable[[Any, Any, Batch], Sums]:

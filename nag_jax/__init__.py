@@ -9,10 +9,9 @@ from nag_jax.devices.train_step import TrainStep as TrainStep
 from nag_jax.devices.train_step import train_step as train_step
 from nag_jax.devices.zero1 import replicas_in_sync as replicas_in_sync
 from nag_jax.devices.zero1 import zero1 as zero1
+from nag_jax.evaluation import eval_params as eval_params
 from nag_jax.kernel import AccelerateState as AccelerateState
-from nag_jax.kernel import OuterState as OuterState
 from nag_jax.kernel import accelerate as accelerate
-from nag_jax.kernel import eval_params as eval_params
 from nag_jax.methods.adanag import adanag as adanag
 from nag_jax.methods.averaged import averaged as averaged
 from nag_jax.methods.backtracking import backtracking as backtracking
@@ -27,6 +26,7 @@ from nag_jax.methods.nag import from_optax as from_optax
 from nag_jax.methods.nag import nag as nag
 from nag_jax.methods.nag import nag_then_sgd as nag_then_sgd
 from nag_jax.methods.nag_auto import nag_auto as nag_auto
+from nag_jax.methods.outer import OuterState as OuterState
 from nag_jax.methods.outer import outer as outer
 from nag_jax.methods.outer import resynchronize as resynchronize
 from nag_jax.methods.pogm_optista import optista as optista

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nag_jax._checks import check_trainable, is_array
 
@@ -35,6 +36,19 @@ def wide_zeros(params: Any) -> Any:
 def real_like(scalar: Any, like: jax.Array) -> jax.Array:
     """``scalar`` in the real dtype of ``like``, float32 at least."""
     return jnp.asarray(scalar, jnp.finfo(jnp.promote_types(dtype_of(like), jnp.float32)).dtype)
+
+
+def buffer_dtype(own: Any, wanted: Any) -> np.dtype:
+    """``wanted`` for a leaf of dtype ``own``: complex for a complex leaf, else real.
+
+    A complex buffer has at least the precision of complex64.
+    """
+    wanted = jnp.dtype(wanted)
+    if jnp.issubdtype(own, jnp.complexfloating):
+        wide = jnp.issubdtype(wanted, jnp.inexact) and wanted.itemsize >= 4
+        return np.promote_types(wanted if wide else np.float32, np.complex64)
+    is_complex = jnp.issubdtype(wanted, jnp.complexfloating)
+    return jnp.finfo(wanted).dtype if is_complex else wanted
 
 
 def varying_axes(x: Any) -> frozenset[Any]:

@@ -86,6 +86,29 @@ def check_count(
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}{advice}")
 
 
+def check_mask(name: str, mask: Any) -> None:
+    """Raises ValueError unless ``mask`` is None, a function, or a tree of bools.
+
+    One bool for all parameters is refused: it is what ``inject_hyperparams`` makes of a function
+    that it takes for a schedule and calls with the step.
+    """
+    if mask is None or callable(mask):
+        return
+    leaves, structure = jax.tree.flatten(mask)
+    if jax.tree_util.treedef_is_leaf(structure) or not all(map(_is_bool, leaves)):
+        raise ValueError(
+            f"{name} must be a tree of bools, a function params -> such a tree, or None for all "
+            f"parameters, got {mask!r}; {as_static(name)}"
+        )
+
+
+def _is_bool(x: Any) -> bool:
+    # An array of one bool is fine, unless it is only known at run time.
+    return isinstance(x, bool) or (
+        not isinstance(x, Tracer) and getattr(x, "dtype", None) == np.bool_ and x.shape == ()
+    )
+
+
 def as_static(name: str) -> str:
     """What to do where argument ``name`` came as an array and has to be known while tracing."""
     return f'under inject_hyperparams name it in static_args=("{name}",)'
@@ -101,18 +124,20 @@ def check_optimizer(name: str, value: Any) -> None:
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Raises ValueError unless ``dtype`` is None or a floating dtype."""
-    if dtype is not None and not is_floating(dtype):
+    """Raises ValueError unless ``dtype`` is None or a floating or complex dtype."""
+    if dtype is not None and not is_inexact(dtype):
         raise ValueError(
-            f"{name} must be a floating dtype such as jnp.float32, or None for the dtype of each "
-            f"parameter, got {dtype!r}; {as_static(name)}"
+            f"{name} must be a floating or complex dtype such as jnp.float32, or None for the "
+            f"dtype of each parameter, got {dtype!r}; {as_static(name)}"
         )
 
 
-def is_floating(dtype: Any) -> bool:
-    """Whether it is a floating dtype, and no array of one."""
+def is_inexact(dtype: Any) -> bool:
+    """Whether it is a floating or complex dtype, and not an array of one."""
+    if isinstance(dtype, jax.Array | np.ndarray | np.generic):
+        return False
     try:
-        return jnp.issubdtype(dtype, jnp.floating) and not hasattr(dtype, "shape")
+        return jnp.issubdtype(dtype, jnp.inexact)
     except TypeError:
         return False
 
@@ -181,7 +206,7 @@ def check_prox(prox: object) -> None:
     """
     wanted = "prox must be a function (tree, step) -> tree"
     if not callable(prox):
-        raise ValueError(f"{wanted}, got {prox!r}")
+        raise ValueError(f"{wanted}, got {prox!r}; {as_static('prox')}")
     function, signature = _unwrapped(prox), _signature(prox)
     name = getattr(function, "__name__", type(function).__name__)
     module = getattr(function, "__globals__", {}).get("__name__", "")

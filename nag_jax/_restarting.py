@@ -71,15 +71,6 @@ def decide(
     )
 
 
-def check(condition: Any) -> None:
-    """Raises ValueError if ``condition`` is neither None nor a function."""
-    if condition is not None and not callable(condition):
-        raise ValueError(
-            "restart must be None or a condition such as nag_jax.restart.gradient, got "
-            f"{condition!r}"
-        )
-
-
 def check_rule(c: Coefficients) -> None:
     """Raises ValueError for a rule that a restart would not bring back to the gradient step."""
     for scalar in (c.direct, c.lookahead):

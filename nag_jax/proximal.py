@@ -34,7 +34,7 @@ Prox = Callable[[Any, Any], Any]
 
 
 class ProxStepState(NamedTuple):
-    """State of :func:`prox_step` with a schedule."""
+    """State of :func:`prox_step`."""
 
     step: jax.Array  # shape=(), int32
 
@@ -45,8 +45,9 @@ def prox_step(
     r"""The step of proximal gradient descent, :math:`u = \mathrm{prox}(p - \epsilon g) - p`.
 
     It replaces ``optax.sgd(learning_rate)``; with a prox that changes nothing it is the same.
-    Momentum comes after it. The learning rate is given only here; with a number the state is
-    empty, so code that tunes it may call ``prox_step(prox, lr).update`` anew each step.
+    Momentum comes after it. The learning rate is given only here. The state is the same for a
+    number and a schedule, so code that tunes the number may call ``prox_step(prox, lr).update``
+    anew each step.
 
     Args:
       prox: ``(tree, step) -> tree``, which returns the shapes of its tree, in float32 at least;
@@ -88,23 +89,20 @@ def prox_step(
     """
     check_prox(prox)
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
-    scheduled = callable(learning_rate)
 
-    def init(params: optax.Params) -> Any:
+    def init(params: optax.Params) -> ProxStepState:
         check_trainable("a proximal step", params)
-        return ProxStepState(jnp.zeros([], jnp.int32)) if scheduled else optax.EmptyState()
+        return ProxStepState(jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, ProxStepState]:
         del extra_args
         params = given_params("prox_step", params)
         lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
         steps = proximal_step(prox, updates, params, lr)
         updates = map_gradients(lambda g, u: cast_like(u, g), updates, steps)
-        if scheduled:
-            state = ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
-        return updates, state
+        return updates, ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

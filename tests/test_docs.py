@@ -79,6 +79,20 @@ def test_blocks_of_the_pages_run(page, blocks):
         exec(compile(block, page, "exec"), names)
 
 
+def test_run_of_the_methods_page_evaluates_any_optimizer():
+    page = ROOT / "docs" / "methods.md"
+    names = {}
+    exec(compile(programs(page)[0][0], page, "exec"), names)
+    start = jnp.array([-1.2, 1.0])
+    run = lambda optimizer, steps: names["run"](jnp.sum, optimizer, start, steps)
+    # The slow copy, until the first outer step; params are elsewhere by then.
+    assert jnp.array_equal(run(nag_jax.lookahead(optax.adam(0.02)), 4), start)
+    assert jnp.array_equal(run(nag_jax.snoo(nag_jax.nag(0.1), every=5), 4), start)
+    assert jnp.allclose(run(nag_jax.snoo(nag_jax.nag(0.1), 1.0, 0.0, every=1), 1), start - 0.19)
+    assert jnp.allclose(run(nag_jax.nag(0.1), 1), start - 0.1)
+    assert jnp.allclose(run(optax.sgd(0.1), 1), start - 0.1)
+
+
 def public(module):
     """The functions and classes that a module defines or re-exports (``X as X``)."""
     names = set()

@@ -418,7 +418,9 @@ def test_errors():
     for every in (0, -1, 2.5, True, None):
         with pytest.raises(ValueError, match=r"every must be an int of at least 1"):
             make(every=every)
-    with pytest.raises(ValueError, match=r"slow_dtype must be a floating dtype .* got 'int8'"):
+    with pytest.raises(
+        ValueError, match=r"slow_dtype must be a floating or complex dtype .* got 'int8'"
+    ):
         make(every=2, slow_dtype="int8")
     with pytest.raises(ValueError, match=r"outer_optimizer must be an optax.Gradient.* got 0.7"):
         nag_jax.outer(sgd, 0.7, every=2)

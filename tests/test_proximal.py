@@ -595,7 +595,7 @@ def test_monotone_fista_leaves_alone_what_has_no_gradient():
     updates, new = tx.update({"a": -jnp.ones(2) / 2, "b": None}, state, params)
     assert updates["b"] is None
     assert jax.tree.structure(new) == jax.tree.structure(state)
-    assert new.carry[1] == 3.5
+    assert new.best == 3.5
 
 
 def test_errors():
@@ -635,7 +635,7 @@ def test_monotone_fista_is_so_in_low_precision(params, gradients):
     for _ in range(200):  # in one program XLA would leave out that params are rounded
         p, state = step(p, state)
         values.append(loss(nag_jax.eval_params(wide(p), state)))
-        kept.append(state[1].carry[1])
+        kept.append(state[1].best)
     assert np.all(np.diff(kept) <= 0)
     assert np.all(np.diff(values) <= 1e-9)
     np.testing.assert_allclose(values, kept, rtol=0, atol=1e-8)

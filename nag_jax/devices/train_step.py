@@ -16,6 +16,7 @@ from nag_jax._checks import check_choice
 from nag_jax.devices import gradients
 from nag_jax.devices.modes import Devices
 from nag_jax.devices.zero1 import check_axis
+from nag_jax.evaluation import evaluated
 
 _LATE = 8  # steps between a non-finite one and the error: how far the host may run ahead
 
@@ -29,6 +30,10 @@ class StepState(NamedTuple):
     steps: jax.Array  # calls so far, shape=(), int32
     skipped: jax.Array  # of these, left out as not finite, shape=(), int32
     in_a_row: jax.Array  # left out since the last update, shape=(), int32
+
+    def iterate(self, params: Any) -> Any:
+        """Returns the iterate that the optimizer's state knows, for ``eval_params``."""
+        return evaluated(params, self.opt_state)
 
 
 def train_step(

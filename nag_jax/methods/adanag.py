@@ -164,7 +164,7 @@ def _rule() -> Rule:
         beta, kappa = (tau(i) - 1) / tau(i + 1), (_a(i) - 1) / tau(i + 1)
         return jnp.asarray(optax.safe_increment(k)), Coefficients(beta, kappa, readout=0.0)
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def _a(k: Any) -> Any:

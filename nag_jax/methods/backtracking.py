@@ -20,9 +20,10 @@ from nag_jax._arithmetic import (
     wide,
 )
 from nag_jax._checks import check_prox, check_range, given_scalar
+from nag_jax._paths import only_scalar
 from nag_jax._step_size import guess, search, within
-from nag_jax.kernel import AccelerateState
-from nag_jax.precision import storage as _storage
+from nag_jax.kernel import shifted
+from nag_jax.precision import storage
 from nag_jax.proximal import Prox
 
 _ROUNDING = 4  # of values, in units of the precision
@@ -30,14 +31,21 @@ _TELLING = 8  # a step this many times above rounding tells whether it was short
 
 
 class BacktrackingState(NamedTuple):
-    """The carry of :func:`backtracking`, inside an ``AccelerateState``."""
+    """State of :func:`backtracking`."""
 
+    m: optax.Updates  # params - x, like params
     learning_rate: jax.Array  # to try next, shape=(), default float dtype; 0: none yet
     t: jax.Array  # FISTA's t, corrected for that learning rate, shape=(), default float dtype
     momentum: jax.Array  # m = momentum*(x_k - x_{k-1}), shape=(), default float dtype
     accepted: jax.Array  # steps taken, shape=(), int32
     retries: jax.Array  # calls that only shortened the step, shape=(), int32
     values: jax.Array  # calls of value_fn, shape=(), int32
+    restart: Any = ()  # RestartState if there is a restart condition
+
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns x, for :func:`eval_params`."""
+        only_scalar(self.t)
+        return shifted(params, self.m, -1.0)
 
 
 def backtracking(
@@ -132,13 +140,17 @@ def backtracking(
     check_range("shrink", shrink, 0.0, 1.0, low_open=True)
     restart = conditions.by_name(restart)
 
-    def init(params: optax.Params) -> AccelerateState:
+    def init(params: optax.Params) -> BacktrackingState:
         scalar = lambda x: jnp.full([], x, float)
         count = lambda: jnp.zeros([], jnp.int32)
-        return AccelerateState(
-            m=_storage.zeros(params),
-            carry=BacktrackingState(scalar(0), scalar(1), scalar(0), count(), count(), count()),
-            readout=scalar(-1),
+        return BacktrackingState(
+            m=storage.zeros(params),
+            learning_rate=scalar(0),
+            t=scalar(1),
+            momentum=scalar(0),
+            accepted=count(),
+            retries=count(),
+            values=count(),
             restart=() if restart is None else _restarting.start(),
         )
 
@@ -150,14 +162,14 @@ def backtracking(
         value: Any = None,
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, AccelerateState]:
+    ) -> tuple[optax.Updates, BacktrackingState]:
         del extra_args
         if params is None or value is None or value_fn is None:
             raise ValueError(
                 "backtracking needs params, value and value_fn: call optimizer.update(gradients, "
                 "state, params, value=value, grad=gradients, value_fn=loss)"
             )
-        g, carry = updates, state.carry
+        g, carry = updates, state
         real = carry.learning_rate.dtype
         dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(real)
         value = given_scalar("value", value).astype(real)
@@ -216,15 +228,16 @@ def backtracking(
             u,
             m,
         )
-        carry = BacktrackingState(
+        return updates, BacktrackingState(
+            m=m,
             learning_rate=new_lr,
             t=new_t,
             momentum=jnp.where(ok, scale, carry.momentum * scale),
             accepted=_added(carry.accepted, ok),
             retries=_added(carry.retries, ~ok),
             values=_added(carry.values, n),
+            restart=memory,
         )
-        return updates, AccelerateState(m=m, carry=carry, readout=state.readout, restart=memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import optax
 
-from nag_jax import restart as conditions
 from nag_jax import rules
 from nag_jax._checks import check_range
+from nag_jax._descent import descent
 from nag_jax.kernel import accelerate
 from nag_jax.methods.nag import nag
 from nag_jax.methods.outer import outer
@@ -66,10 +66,8 @@ def fista(
       accelerated gradient schemes, 2012, arXiv:1204.3982.
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
-    head = _descent(learning_rate) if prox is None else prox_step(prox, learning_rate)
-    kernel = accelerate(
-        rules.fista(), restart=conditions.by_name(restart), accumulator_dtype=accumulator_dtype
-    )
+    head = descent(learning_rate) if prox is None else prox_step(prox, learning_rate)
+    kernel = accelerate(rules.fista(), restart, accumulator_dtype=accumulator_dtype)
     return optax.chain(head, kernel)
 
 
@@ -102,10 +100,8 @@ def ogm(
       optimization, 2017, arXiv:1703.04641.
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
-    kernel = accelerate(
-        rules.ogm(), restart=conditions.by_name(restart), accumulator_dtype=accumulator_dtype
-    )
-    return optax.chain(_descent(learning_rate), kernel)
+    kernel = accelerate(rules.ogm(), restart, accumulator_dtype=accumulator_dtype)
+    return optax.chain(descent(learning_rate), kernel)
 
 
 def tmm(
@@ -135,7 +131,7 @@ def tmm(
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     return optax.chain(
-        _descent(learning_rate), accelerate(rules.tmm(q), accumulator_dtype=accumulator_dtype)
+        descent(learning_rate), accelerate(rules.tmm(q), accumulator_dtype=accumulator_dtype)
     )
 
 
@@ -171,7 +167,7 @@ def lookahead(
       arXiv:1907.08610, algorithm 1.
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
-    return outer(inner, optax.sgd(learning_rate), every=every, slow_dtype=slow_dtype)
+    return outer(inner, descent(learning_rate), every=every, slow_dtype=slow_dtype)
 
 
 def snoo(
@@ -252,7 +248,3 @@ def diloco(
         axis_name=axis_name,
         slow_dtype=slow_dtype,
     )
-
-
-def _descent(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    return optax.scale_by_learning_rate(learning_rate)

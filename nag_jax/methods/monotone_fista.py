@@ -1,8 +1,9 @@
 """FISTA that never gets worse: a kernel of its own, since it evaluates a step before taking it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -15,8 +16,22 @@ from nag_jax._arithmetic import (
     wide,
     wide_zeros,
 )
-from nag_jax._checks import given_params, given_scalar
-from nag_jax.kernel import AccelerateState
+from nag_jax._checks import as_static, given_params, given_scalar
+from nag_jax._paths import only_scalar
+from nag_jax.kernel import shifted
+
+
+class MonotoneState(NamedTuple):
+    """State of :func:`monotone_fista`."""
+
+    m: optax.Updates  # params - x, like params; float32 at least
+    t: jax.Array  # FISTA's t, shape=(), default float dtype
+    best: jax.Array  # the objective at x, shape=(), default float dtype
+
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns x, for :func:`eval_params`."""
+        only_scalar(self.t)
+        return shifted(params, self.m, -1.0)
 
 
 def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
@@ -57,18 +72,20 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
       denoising and deblurring problems, IEEE Trans. Image Processing 18, 2009, section 5.
     """
     if not callable(objective):
-        raise ValueError(f"objective must be a function params -> scalar, got {objective!r}")
+        raise ValueError(
+            f"objective must be a function params -> scalar, got {objective!r}; "
+            f"{as_static('objective')}"
+        )
 
-    def init(params: optax.Params) -> AccelerateState:
-        one, inf = jnp.ones([], float), jnp.full([], jnp.inf, float)
-        return AccelerateState(m=wide_zeros(params), carry=(one, inf), readout=-one)
+    def init(params: optax.Params) -> MonotoneState:
+        return MonotoneState(wide_zeros(params), jnp.ones([], float), jnp.full([], jnp.inf, float))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, AccelerateState]:
+    ) -> tuple[optax.Updates, MonotoneState]:
         del extra_args
         params = given_params("monotone_fista", params)
-        t, best = state.carry
+        t, best = state.t, state.best
         steps = map_gradients(wide, updates)
         z = filled(map_gradients(lambda u, p: wide(p) + u, steps, params), params)
         value = given_scalar("what objective returns", objective(z)).astype(best.dtype)
@@ -85,7 +102,6 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
             lambda u, p, move, m, old: (m + (applied(u, p) - move)).astype(old.dtype),
             updates, params, moves, m, state.m,
         )  # fmt: skip
-        carry = (new, jnp.where(accept, value, best))
-        return updates, AccelerateState(m=filled(m, state.m), carry=carry, readout=state.readout)
+        return updates, MonotoneState(filled(m, state.m), new, jnp.where(accept, value, best))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -43,6 +43,10 @@ class AutoState(NamedTuple):
     learning_rate: jax.Array  # of the last step, |u| / |g| over all leaves, shape=(), default float
     kernel: Any  # the AccelerateState of the momentum
 
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns x, for :func:`eval_params`."""
+        return self.kernel.iterate(params)
+
 
 def nag_auto(
     learning_rate: optax.ScalarOrSchedule = 1.0,

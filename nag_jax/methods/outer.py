@@ -1,12 +1,19 @@
 """Local training: an outer optimizer on the displacement of H inner steps of many workers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import dtype_of, filled, map_gradients, varying_axes, wide
+from nag_jax._arithmetic import (
+    buffer_dtype,
+    dtype_of,
+    filled,
+    map_gradients,
+    varying_axes,
+    wide,
+)
 from nag_jax._checks import (
     check_count,
     check_dtype,
@@ -14,7 +21,23 @@ from nag_jax._checks import (
     check_trainable,
     given_params,
 )
-from nag_jax.kernel import OuterState
+from nag_jax._paths import only_scalar
+from nag_jax.evaluation import evaluated
+
+
+class OuterState(NamedTuple):
+    """State of :func:`outer`."""
+
+    inner: Any  # of the inner optimizer; kept over outer steps
+    slow: optax.Params  # where the round began, like params; their dtype, or slow_dtype
+    outer: Any  # of the outer optimizer
+    steps: jax.Array  # inner steps since the last outer step, shape=(), int32
+
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns the outer optimizer's iterate of the last outer step, for :func:`eval_params`."""
+        del params
+        only_scalar(self.steps)
+        return evaluated(self.slow, self.outer)
 
 
 def outer(
@@ -56,10 +79,10 @@ def outer(
       every: H, an int of at least 1: inner steps per outer step.
       axis_name: inside ``shard_map``, ``pmap`` or ``vmap``, the axis or axes of the workers, each
         with params and state of its own (a row of a stack); None: one worker.
-      slow_dtype: floating dtype of the slow copy, and so of the buffers of the outer optimizer;
-        None: that of each parameter. With bfloat16 params float32 keeps what an outer step would
-        lose to rounding; a narrower one rounds the model itself at each outer step. Complex
-        parameters keep a complex copy of at least that precision.
+      slow_dtype: floating or complex dtype of the slow copy, and so of the buffers of the outer
+        optimizer; None: that of each parameter. With bfloat16 params float32 keeps what an outer
+        step would lose to rounding; a narrower one rounds the model itself at each outer step.
+        Complex parameters keep a complex copy of at least that precision, real ones a real copy.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Its state holds a
@@ -199,8 +222,7 @@ def _copy(p: Any, slow_dtype: Any) -> Any:
     """A buffer of its own, so that both can be donated; of an abstract leaf an abstract one."""
     dtype = dtype_of(p)
     if slow_dtype is not None:
-        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        dtype = jnp.promote_types(slow_dtype, jnp.complex64) if is_complex else slow_dtype
+        dtype = buffer_dtype(dtype, slow_dtype)
     if isinstance(p, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding)
     return jnp.array(p, dtype, copy=True)

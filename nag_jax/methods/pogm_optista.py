@@ -11,8 +11,9 @@ Params are the iterate to evaluate, and the steps after step N are proximal grad
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -27,9 +28,15 @@ from nag_jax._arithmetic import (
     wide_zeros,
 )
 from nag_jax._checks import check_prox, check_range, given_params
-from nag_jax.kernel import AccelerateState
 from nag_jax.proximal import Prox
 from nag_jax.rules.rule import at_step, first_step, optimized_t
+
+
+class CompositeState(NamedTuple):
+    """State of :func:`pogm` and :func:`optista`."""
+
+    m: optax.Updates  # the buffer, like params; float32 at least
+    steps: jax.Array  # shape=(), int32
 
 
 def pogm(
@@ -163,15 +170,14 @@ def _method(
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     check_prox(prox)
 
-    def init(params: optax.Params) -> AccelerateState:
-        m = wide_zeros(params)
-        return AccelerateState(m=m, carry=first_step(), readout=jnp.zeros([], float))
+    def init(params: optax.Params) -> CompositeState:
+        return CompositeState(wide_zeros(params), first_step())
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, AccelerateState]:
+    ) -> tuple[optax.Updates, CompositeState]:
         del extra_args
-        params, k = given_params(name, params), state.carry
+        params, k = given_params(name, params), state.steps
         row = jnp.asarray(table, float)[jnp.minimum(k, len(table) - 1)]
         gamma, shift, direct, pull, beta, kappa = row
         lr = gamma * at_step(learning_rate, k)
@@ -189,7 +195,6 @@ def _method(
             lambda *leaves: keep(*leaves).astype(leaves[-1].dtype),
             updates, params, moves, v, state.m,
         )  # fmt: skip
-        carry = optax.safe_increment(k)
-        return updates, AccelerateState(m=filled(m, state.m), carry=carry, readout=state.readout)
+        return updates, CompositeState(filled(m, state.m), jnp.asarray(optax.safe_increment(k)))
 
     return optax.GradientTransformationExtraArgs(init, update)

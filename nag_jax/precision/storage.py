@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nag_jax._arithmetic import dtype_of, filled, map_gradients
-from nag_jax._checks import as_static, check_trainable, is_floating
+from nag_jax._arithmetic import buffer_dtype, dtype_of, filled, map_gradients
+from nag_jax._checks import as_static, check_trainable, is_inexact
 from nag_jax.precision.blocks import BlockState, decode
 
 
@@ -35,10 +35,10 @@ def choose(accumulator_dtype: Any) -> Storage:
     """The storage that ``accumulator_dtype`` stands for."""
     if isinstance(accumulator_dtype, Storage):
         return accumulator_dtype
-    if accumulator_dtype is not None and not is_floating(accumulator_dtype):
+    if accumulator_dtype is not None and not is_inexact(accumulator_dtype):
         raise ValueError(
-            "accumulator_dtype must be a floating dtype such as jnp.float32, a storage such as "
-            "nag_jax.stochastic_bfloat16(), or None for the dtype of each parameter, got "
+            "accumulator_dtype must be a floating or complex dtype such as jnp.float32, a storage "
+            "such as nag_jax.stochastic_bfloat16(), or None for the dtype of each parameter, got "
             f"{accumulator_dtype!r}; {as_static('accumulator_dtype')}"
         )
 
@@ -51,8 +51,8 @@ def choose(accumulator_dtype: Any) -> Storage:
 def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
     """A zero buffer like params, and sharded like them, of a dtype or of their own.
 
-    Complex leaves stay complex, of float32 at least; leaves below ``min_size`` are float32 at
-    least, too. ValueError for a leaf that cannot be trained.
+    Complex leaves stay complex, of float32 at least, and real ones real; leaves below ``min_size``
+    are float32 at least, too. ValueError for a leaf that cannot be trained.
     """
     check_trainable("momentum", params)
 
@@ -60,12 +60,9 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
         own = dtype_of(p)
         if dtype is None:
             return jnp.zeros_like(p, own)  # never of a weak type
-        if jnp.issubdtype(own, jnp.complexfloating):
-            floating = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
-            return jnp.zeros_like(p, jnp.promote_types(floating, jnp.complex64))
-        if math.prod(jnp.shape(p)) < min_size:
+        if math.prod(jnp.shape(p)) < min_size and not jnp.issubdtype(own, jnp.complexfloating):
             return jnp.zeros_like(p, jnp.promote_types(own, jnp.float32))
-        return jnp.zeros_like(p, dtype)
+        return jnp.zeros_like(p, buffer_dtype(own, dtype))
 
     return jax.tree.map(zero, params)
 

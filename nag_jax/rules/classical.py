@@ -103,7 +103,7 @@ def trace(
         coefficients = Coefficients(beta=mu, kappa=1.0, lookahead=mu, readout=lr * mu)
         return optax.safe_increment(k), coefficients
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, before_learning_rate=True)
 
 
 def fista() -> Rule:

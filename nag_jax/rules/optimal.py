@@ -100,7 +100,7 @@ def ogm_g(horizon: int) -> Rule:
         beta, gamma = jnp.asarray([*table, (0.0, 0.0)], float)[jnp.minimum(k, horizon)]
         return optax.safe_increment(k), Coefficients(beta, kappa=beta + gamma, readout=0.0)
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def tmm(q: Any) -> Rule:

@@ -38,11 +38,16 @@ class Rule(NamedTuple):
     """A method: ``init() -> carry`` and ``step(carry) -> (carry, Coefficients)``, scalars only.
 
     ``restart(carry) -> carry`` is what a restart leaves of the carry: without it, ``init()``.
+    ``before_learning_rate``: the update is in units of the gradient, the learning rate is the next
+    link of the chain, and readout includes it. ``at_params``: readout is 0 at every step, so params
+    are the iterate to evaluate, whatever follows in the chain.
     """
 
     init: Callable[[], Any]
     step: Callable[[Any], tuple[Any, Coefficients]]
     restart: Callable[[Any], Any] | None = None
+    before_learning_rate: bool = False
+    at_params: bool = False
 
 
 def constant(coefficients: Coefficients) -> Rule:

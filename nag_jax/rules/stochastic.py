@@ -42,7 +42,7 @@ def heavy_ball(momentum: optax.ScalarOrSchedule = 0.9) -> Rule:
         c = Coefficients(beta=at_step(momentum, k), kappa=1.0, direct=0.0, readout=0.0)
         return optax.safe_increment(k), c
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def qhm(momentum: optax.ScalarOrSchedule = 0.999, nu: optax.ScalarOrSchedule = 0.7) -> Rule:
@@ -78,7 +78,7 @@ def qhm(momentum: optax.ScalarOrSchedule = 0.999, nu: optax.ScalarOrSchedule = 0
         c = Coefficients(mu, kappa=1 - mu, direct=1 - weight, lookahead=weight, readout=0.0)
         return optax.safe_increment(k), c
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def gpa(momentum: float = 0.9967, interpolation: float = 0.7) -> Rule:
