@@ -144,6 +144,7 @@ def _standardized(x: np.ndarray) -> np.ndarray:
 
 def gap_curve(problem: Problem, optimizer: Any, steps: int) -> np.ndarray:
     """The objective of the evaluated iterate after each step."""
+
     def body(carry: Any, _: Any) -> Any:
         params, state = carry
         value, g = jax.value_and_grad(problem.loss)(params)
