@@ -31,6 +31,7 @@ from nag_jax.recipes import lookahead as lookahead
 from nag_jax.recipes import ogm as ogm
 from nag_jax.recipes import snoo as snoo
 from nag_jax.recipes import tmm as tmm
+from nag_jax.sharding import Zero1State as Zero1State
 from nag_jax.sharding import replicas_in_sync as replicas_in_sync
 from nag_jax.sharding import zero1 as zero1
 from nag_jax.solve import Reason as Reason
