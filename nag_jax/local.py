@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients, varying_axes, wide
 from nag_jax._checks import check_count, check_dtype, check_optimizer, given_params
@@ -109,7 +110,7 @@ def outer(
         params = given_params("outer", params)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
-        steps = state.steps + 1
+        steps = jnp.asarray(optax.safe_increment(state.steps))
 
         def stay(updates: Any, slow: Any, outer_state: Any) -> Any:
             return updates, slow, outer_state
@@ -137,10 +138,10 @@ def outer(
 
         due = sync if sync is not None else True if every == 1 else steps >= every
         arguments = updates, state.slow, state.outer
-        if isinstance(due, bool):
-            updates, slow, outer_state = (meet if due else stay)(*arguments)
-        else:
+        if isinstance(due, Tracer):
             updates, slow, outer_state = jax.lax.cond(due, meet, stay, *arguments)
+        else:  # outside of jit, where a cond would be compiled at every call
+            updates, slow, outer_state = (meet if due else stay)(*arguments)
         steps = _like(jnp.where(due, 0, steps), state.steps)
         return updates, OuterState(inner_state, slow, outer_state, steps)
 
