@@ -64,7 +64,11 @@ def fista(
       accelerated gradient schemes, 2012, arXiv:1204.3982.
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
-    head = _descent(learning_rate) if prox is None else prox_step(prox, learning_rate)
+    head = (
+        optax.scale_by_learning_rate(learning_rate)
+        if prox is None
+        else prox_step(prox, learning_rate)
+    )
     kernel = accelerate(
         rules.fista(), restart=conditions.by_name(restart), accumulator_dtype=accumulator_dtype
     )
@@ -103,7 +107,7 @@ def ogm(
     kernel = accelerate(
         rules.ogm(), restart=conditions.by_name(restart), accumulator_dtype=accumulator_dtype
     )
-    return optax.chain(_descent(learning_rate), kernel)
+    return optax.chain(optax.scale_by_learning_rate(learning_rate), kernel)
 
 
 def tmm(
@@ -133,7 +137,8 @@ def tmm(
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     return optax.chain(
-        _descent(learning_rate), accelerate(rules.tmm(q), accumulator_dtype=accumulator_dtype)
+        optax.scale_by_learning_rate(learning_rate),
+        accelerate(rules.tmm(q), accumulator_dtype=accumulator_dtype),
     )
 
 
@@ -250,7 +255,3 @@ def diloco(
         axis_name=axis_name,
         slow_dtype=slow_dtype,
     )
-
-
-def _descent(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    return optax.scale_by_learning_rate(learning_rate)
