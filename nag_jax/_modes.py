@@ -115,7 +115,7 @@ class Devices:
             return self._lay(batch), None
         batch = jax.tree.map(self._sliceable, batch)
         main = jax.tree.map(lambda x: x[:even], batch) if even else None
-        return self._lay(main), jax.tree.map(lambda x: x[even:], batch)
+        return self._lay(main), jax.tree.map(lambda x: self._move(x[even:], self.whole), batch)
 
     def _sliceable(self, x: Any) -> Any:
         """``x`` where any of its rows can be taken, on the devices of the mesh or on the host."""

@@ -485,9 +485,7 @@ def test_zero1_says_what_is_wrong():
         nag_jax.zero1(nag_jax.nag, mesh_of())
     with pytest.raises(ValueError, match="min_size"):
         nag_jax.zero1(NAG, mesh_of(), min_size=0)
-    with pytest.raises(
-        ValueError, match=r"shape \(16, 64\) is split .* not of the mesh .*'data': 4"
-    ):
+    with pytest.raises(ValueError, match=r"is split over devices by .* not of the mesh"):
         nag_jax.zero1(NAG, mesh_of(4)).init(split_params(mesh_of(8)))
     step = nag_jax.train_step(loss, nag_jax.zero1(NAG, mesh_of()), mode="pmap")
     with pytest.raises(ValueError, match="zero1 was called inside pmap"):
