@@ -7,13 +7,12 @@ from nag_jax import schedules as schedules
 from nag_jax.devices.train_step import StepState as StepState
 from nag_jax.devices.train_step import TrainStep as TrainStep
 from nag_jax.devices.train_step import train_step as train_step
+from nag_jax.devices.zero1 import Zero1State as Zero1State
 from nag_jax.devices.zero1 import replicas_in_sync as replicas_in_sync
 from nag_jax.devices.zero1 import zero1 as zero1
 from nag_jax.evaluation import eval_params as eval_params
 from nag_jax.kernel import AccelerateState as AccelerateState
 from nag_jax.kernel import accelerate as accelerate
-from nag_jax.methods.adanag import adanag as adanag
-from nag_jax.methods.averaged import averaged as averaged
 from nag_jax.methods.backtracking import backtracking as backtracking
 from nag_jax.methods.fista import diloco as diloco
 from nag_jax.methods.fista import fista as fista
@@ -25,12 +24,9 @@ from nag_jax.methods.monotone_fista import monotone_fista as monotone_fista
 from nag_jax.methods.nag import from_optax as from_optax
 from nag_jax.methods.nag import nag as nag
 from nag_jax.methods.nag import nag_then_sgd as nag_then_sgd
-from nag_jax.methods.nag_auto import nag_auto as nag_auto
 from nag_jax.methods.outer import OuterState as OuterState
 from nag_jax.methods.outer import outer as outer
 from nag_jax.methods.outer import resynchronize as resynchronize
-from nag_jax.methods.pogm_optista import optista as optista
-from nag_jax.methods.pogm_optista import pogm as pogm
 from nag_jax.minimize import Reason as Reason
 from nag_jax.minimize import Result as Result
 from nag_jax.minimize import largest_curvature as largest_curvature

@@ -188,11 +188,12 @@ def test_steps_and_replicas_of_two_processes(server, tmp_path):
             "parts, a process each": True,
             "parts that processes share": False,
         }
-        assert [run["in_sync"] for run in runs] == [True] * 4
-        assert [run["skipped"] for run in runs] == [1, 0, 0, 0]
-        batches = [together.batch_of(together.ROWS)] * together.STEPS
-        expected = alone(together.OPTIMIZER, together.start(), batches, together.loss)
+        assert [run["in_sync"] for run in runs] == [True] * 5
+        assert [run["skipped"] for run in runs] == [1, 0, 0, 0, 0]
         for run in runs:
+            assert "make_array_from_process_local_data" in run["refused"]
+            batches = [together.batch_of(run["rows"])] * together.STEPS
+            expected = alone(together.OPTIMIZER, together.start(), batches, together.loss)
             actual = {name: np.array(x) for name, x in run["params"].items()}
             chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-6)
 

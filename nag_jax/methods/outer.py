@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from nag_jax._arithmetic import (
     buffer_dtype,
@@ -168,10 +169,10 @@ def outer(
 
         due = sync if sync is not None else True if every == 1 else steps >= every
         arguments = updates, state.slow, state.outer
-        if isinstance(due, bool):
-            updates, slow, outer_state = (meet if due else stay)(*arguments)
-        else:
+        if isinstance(due, Tracer):
             updates, slow, outer_state = jax.lax.cond(due, meet, stay, *arguments)
+        else:  # outside of jit, where a cond would be compiled at every call
+            updates, slow, outer_state = (meet if due else stay)(*arguments)
         steps = _like(jnp.where(due, 0, steps), state.steps)
         return updates, OuterState(inner_state, slow, outer_state, steps)
 
