@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nag_jax.devices import gradients
-from nag_jax.devices.zero1 import place, spec_on
+from nag_jax.devices.placement import place, spec_on
 
 
 @dataclasses.dataclass(frozen=True)

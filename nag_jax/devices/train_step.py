@@ -16,7 +16,7 @@ from nag_jax._arithmetic import wide
 from nag_jax._checks import check_choice, check_count, check_optimizer
 from nag_jax.devices import gradients
 from nag_jax.devices.modes import Devices
-from nag_jax.devices.zero1 import check_axis
+from nag_jax.devices.placement import check_axis
 from nag_jax.evaluation import evaluated
 
 _LATE = 8  # steps between a non-finite one and the error: how far the host may run ahead

@@ -1,9 +1,8 @@
-"""Optimizer state split over devices, and a check that copies on devices still agree."""
+"""ZeRO-1: optimizer state split over the devices of an axis."""
 
 import dataclasses
 import functools
 import math
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nag_jax._checks import check_arrays, check_count, check_optimizer, is_array
+from nag_jax.devices.placement import axes_of, check_axis, is_mapped, place, spec_of, spec_on
 from nag_jax.evaluation import evaluated
 
 
@@ -132,7 +131,7 @@ def zero1(
 
     def with_axis(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
         """``spec`` with one more axis, on the first dimension that can take it."""
-        names = [_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
+        names = [axes_of(entry) for entry in spec] + [()] * (len(shape) - len(spec))
         parts = [math.prod(mesh.shape[name] for name in (*dim, axis)) for dim in names]
         free = [d for d, length in enumerate(shape) if length % parts[d] == 0]
         if any(axis in dim for dim in names) or math.prod(shape) < min_size or not free:
@@ -188,118 +187,3 @@ def zero1(
         return gather(updates), Zero1State(split(new), state.layout)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def replicas_in_sync(tree: Any) -> bool:
-    """Whether devices that should hold the same numbers do, bit for bit.
-
-    A forgotten ``pmean`` raises no error: each device trains on, and reading an array shows the
-    copy of the first. This compares all copies, of whole arrays and of parts that several devices
-    hold. Every process has to call it; it waits for the arrays and copies them to the host. An
-    array that lives on devices of one process alone is compared within that process.
-
-    Args:
-      tree: of ``jax.Array``; other leaves are passed over.
-
-    Returns:
-      True if all copies agree (NaN with NaN of the same bits, too).
-
-    Raises:
-      ValueError: for traced arrays: inside ``jit``, ``vmap`` or ``shard_map`` there is no copy to
-        look at.
-
-    >>> nag_jax.replicas_in_sync({"w": jnp.ones(3)})
-    True
-    """
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(x, Tracer):
-            raise ValueError(
-                f"replicas_in_sync needs arrays on devices, got {x!r} for "
-                f"{jax.tree_util.keystr(path) or 'tree'}; call it outside of jit, on what the "
-                "compiled function returned"
-            )
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    arrays = [
-        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        for x in arrays
-    ]
-    position = {device: number for number, device in enumerate(jax.devices())}
-    digests = np.zeros((len(arrays), len(position)), np.uint32)
-    for x, row in zip(arrays, digests, strict=True):
-        for shard in x.addressable_shards:
-            row[position[shard.device]] = zlib.crc32(np.ascontiguousarray(shard.data).tobytes())
-    if jax.process_count() > 1:  # each device is the own one of one process
-        digests = np.asarray(multihost_utils.process_allgather(digests)).max(axis=0)
-    for x, row in zip(arrays, digests, strict=True):
-        seen: dict[str, int] = {}
-        for device, index in x.sharding.devices_indices_map(x.shape).items():
-            digest = row[position[device]]
-            if seen.setdefault(str(index), digest) != digest:
-                return False
-    return True
-
-
-def place(x: Any, sharding: NamedSharding) -> Any:
-    """``x`` under that sharding, inside jit and outside, for Auto and Explicit axes."""
-    if not isinstance(x, Tracer):
-        return jax.device_put(x, sharding)
-    mesh = sharding.mesh
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    for kind, constrain in (
-        (AxisType.Explicit, jax.sharding.reshard),
-        (AxisType.Auto, jax.lax.with_sharding_constraint),
-    ):
-        if kind in kinds.values():
-            own = [tuple(n for n in _axes(entry) if kinds[n] == kind) for entry in sharding.spec]
-            x = constrain(x, NamedSharding(mesh, spec_of(own)))
-    return x
-
-
-def _axes(entry: Any) -> tuple[Any, ...]:
-    """The axes in one entry of a PartitionSpec."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
-def spec_of(axes: list[tuple[Any, ...]]) -> PartitionSpec:
-    """From the axes over which each dimension is split."""
-    return PartitionSpec(*(dim if len(dim) > 1 else dim[0] if dim else None for dim in axes))
-
-
-def spec_on(mesh: Mesh, x: Any) -> PartitionSpec:
-    """How ``x`` is split over the mesh, as far as can be seen; ValueError if over another one."""
-    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
-    named = isinstance(sharding, NamedSharding)
-    if sharding is None or not (any(sharding.spec) if named else not sharding.is_fully_replicated):
-        return PartitionSpec()
-    if named and (sharding.mesh == mesh or _same_devices(sharding.mesh, mesh)):
-        return sharding.spec
-    raise ValueError(
-        f"an array of shape {jnp.shape(x)} is split over devices by {sharding}, which is not of "
-        f"the mesh {mesh.shape}; pass its mesh, or move it with jax.device_put"
-    )
-
-
-def _same_devices(a: Any, b: Mesh) -> bool:
-    """Whether ``a`` is ``b`` but for the types of axes, or is abstract and may be."""
-    same = not isinstance(a, Mesh) or np.array_equal(a.device_ids, b.device_ids)
-    return a.shape_tuple == b.shape_tuple and same
-
-
-def is_mapped(axis: str) -> bool:
-    """Whether this is traced inside ``pmap`` or ``shard_map`` over ``axis``."""
-    try:
-        jax.lax.axis_index(axis)
-    except NameError:
-        return False
-    return True
-
-
-def check_axis(mesh: Any, axis: Any) -> None:
-    """Raises ValueError unless ``mesh`` is one and has that axis."""
-    if not isinstance(mesh, Mesh):
-        raise ValueError(
-            f"mesh must be a jax.sharding.Mesh, got {mesh!r}; make one with "
-            'jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))'
-        )
-    if axis not in mesh.axis_names:
-        raise ValueError(f"axis must be one of the mesh's axes {mesh.axis_names}, got {axis!r}")
