@@ -1,4 +1,4 @@
-"""The table of ``examples.diloco`` as a result file: ``python -m benchmarks.diloco``.
+"""The table of ``examples.trainer.diloco`` as a result file: ``python -m benchmarks.diloco``.
 
 Writes benchmarks/results/diloco.json.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.machine import describe_machine
 from configs import diloco as recipe
-from examples import diloco
+from examples.trainer.diloco import run as diloco
 
 _RESULT = Path(__file__).parent / "results" / "diloco.json"
 

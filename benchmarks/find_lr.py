@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.machine import describe_machine
-from examples import train
+from examples.trainer.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "find_lr.json"
 

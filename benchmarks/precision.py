@@ -22,7 +22,8 @@ import nag_jax
 from benchmarks.machine import describe_machine
 from benchmarks.shapes import SHAPES
 from configs import cnn, mlp, rnn
-from examples import data, tasks
+from examples.trainer.data import datasets
+from examples.trainer.tasks import tasks
 from nag_jax import rules
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
@@ -151,7 +152,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     for name in arguments.only:
         config = recipes()[name]
-        dataset = data.load(config)
+        dataset = datasets.load(config)
         losses = {
             storage: [train(config, dataset, seed, storage) for seed in range(arguments.seeds)]
             for storage in (*STORAGES, *PARAMS)

@@ -45,7 +45,7 @@ RECIPES = {
 def train(options: str, seed: int) -> dict[str, Any]:
     """The last row of the run's log, and the seconds of its command."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "examples.train", *options.split()]
+        command = [sys.executable, "-m", "examples.trainer", *options.split()]
         command += [f"--config.seed={seed}", f"--workdir={folder}"]
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -75,7 +75,7 @@ def table(results: dict[str, Any]) -> str:
             [f"`{row['options']}`", last["step"], result, wall + "*" * bool(also), row["date"]]
         )
     head = [
-        "`python -m examples.train --workdir=FOLDER` with",
+        "`python -m examples.trainer --workdir=FOLDER` with",
         "steps",
         "test",
         "wall time",

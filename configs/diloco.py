@@ -1,6 +1,6 @@
-"""A small character-level GRU for eight workers that seldom meet: ``examples.diloco``.
+"""A small character-level GRU for eight workers that seldom meet: ``examples.trainer.diloco``.
 
-``examples.train`` trains the same model in the same number of steps on all samples at once.
+``examples.trainer`` trains the same model in the same number of steps on all samples at once.
 """
 
 from typing import Any

@@ -1,0 +1,166 @@
+"""DiLoCo: eight workers that meet every H steps, beside NAG that averages every gradient.
+
+    python -m examples.trainer.diloco --config=configs/diloco.py
+
+Each worker trains on a part of the data of its own. All runs see the same batches; what differs is
+how often the workers communicate: one mean of a params-sized tree every H steps.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, PartitionSpec
+
+import nag_jax
+from examples.trainer import optimizer
+from examples.trainer.compiling import jit
+from examples.trainer.data import datasets
+from examples.trainer.diloco.check import check, check_sizes, check_task
+from examples.trainer.loop import steps
+from examples.trainer.tasks import tasks
+
+AXIS = "workers"
+
+
+class Row(NamedTuple):
+    """One line of the table; losses are of the whole test set, in nats per character."""
+
+    method: str
+    every: int  # steps between two means: H
+    learning_rate: float  # peak, of the inner steps; NaN: nag_auto finds its own
+    loss: float  # at eval_params
+    loss_at_params: float  # after the last outer step: at the slow copy
+    bytes_per_step: float  # that each worker puts into a mean
+
+
+def over_workers(function: Callable, mode: str, workers: int) -> Callable:
+    """``function`` of one worker on stacks with a row for each; its mean over AXIS is over them."""
+    if mode == "vmap":
+        return jax.vmap(function, axis_name=AXIS)
+    mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(AxisType.Auto,))
+    row, rows = (lambda x: x[0]), (lambda x: x[None])
+    one = lambda *stacks: jax.tree.map(rows, function(*jax.tree.map(row, stacks)))
+    # Unchecked: the GRU's first state is the same for all workers, the others are not.
+    spec = PartitionSpec(AXIS)
+    return jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+def make_rounds(
+    task: tasks.Task, transformation: optax.GradientTransformationExtraArgs, synchronous: bool
+) -> Callable:
+    """``(params, opt_state, samples, order) -> (params, opt_state)`` of one worker.
+
+    ``order``, int32 ``[rounds, H, batch]``, are positions in the worker's own samples.
+    """
+
+    def step(carry: Any, batch: steps.Batch, sync: bool) -> Any:
+        params, opt_state = carry
+        gradient, (_, sums) = jax.grad(task.losses, has_aux=True)(params, task.rest, batch)
+        gradient = jax.tree.map(lambda g: g / sums["samples"], gradient)
+        if synchronous:
+            gradient = jax.lax.pmean(gradient, AXIS)
+        # Known when compiled: so the loop over inner steps has no mean in it, not even a branch.
+        updates, opt_state = transformation.update(gradient, opt_state, params, sync=sync)
+        return optax.apply_updates(params, updates), opt_state
+
+    def rounds(params: Any, opt_state: Any, samples: steps.Batch, order: jax.Array) -> Any:
+        take = lambda indices: jax.tree.map(lambda x: x[indices], samples)
+
+        def one(carry: Any, order: jax.Array) -> tuple[Any, None]:
+            inner = lambda carry, indices: (step(carry, take(indices), False), None)
+            carry, _ = jax.lax.scan(inner, carry, order[:-1])
+            return step(carry, take(order[-1]), True), None
+
+        return jax.lax.scan(one, (params, opt_state), order)[0]
+
+    return rounds
+
+
+def run(config: Any, dataset: datasets.Dataset, every: int, learning_rate: float) -> Row:
+    """Trains with an outer step after each ``every`` steps; 0: fully synchronous."""
+    check(config)
+    check_sizes(config, dataset)
+    local, synchronous = config.local, every == 0
+    workers, every = local.workers, max(every, 1)
+    share = len(dataset.train["x"]) // workers
+    parts = lambda x: x[: share * workers].reshape(workers, share, *x.shape[1:])
+    samples = jax.tree.map(parts, dataset.train)
+    order = batches(config, share)
+
+    task, transformation = make(config, dataset, learning_rate, order.shape[1])
+    if not synchronous:
+        outside = dict(learning_rate=local.outer_learning_rate, momentum=local.outer_momentum)
+        transformation = nag_jax.diloco(transformation, AXIS, every=every, **outside)
+
+    alike = lambda x: jax.numpy.stack([x] * workers)
+    state = jax.tree.map(alike, (task.params, transformation.init(task.params)))
+    rounds = make_rounds(task, transformation, synchronous)
+    advance = jit(
+        over_workers(rounds, local.mode, workers), config.cpu_fusions, donate_argnums=(0, 1)
+    )
+    length = max(every, *local.every)
+    for start in range(0, order.shape[1], length):
+        part = order[:, start : start + length]
+        state = advance(*state, samples, part.reshape(workers, -1, every, part.shape[-1]))
+
+    params, opt_state = jax.tree.map(lambda x: x[0], jax.device_get(state))
+    evaluate = steps.make_evaluate(task, config.eval_batch_size)
+    test = jax.device_put(dataset.test)
+    name = "NAG" if config.optimizer.name == "nag" else config.optimizer.name
+    sums = lambda params: jax.device_get(evaluate(params, task.rest, test))
+    loss = lambda params: float(task.summarize(sums(params))["loss"])
+    return Row(
+        method=f"synchronous {name}" if synchronous else "DiLoCo",
+        every=every,
+        learning_rate=math.nan if name == "nag_auto" else learning_rate,
+        loss=loss(steps.evaluation_params(params, opt_state)),
+        loss_at_params=loss(params),
+        bytes_per_step=sum(4 * x.size for x in jax.tree.leaves(params)) / every,
+    )
+
+
+def make(
+    config: Any, dataset: datasets.Dataset, learning_rate: float, total_steps: int
+) -> tuple[tasks.Task, optax.GradientTransformationExtraArgs]:
+    """What is learned, and the inner optimizer."""
+    config = config.copy_and_resolve_references()
+    config.learning_rate = learning_rate
+    task = tasks.make(config, dataset, jax.random.key(config.seed))
+    check_task(config, task)
+    per_epoch = len(dataset.train["x"]) // config.local.workers * config.local.workers
+    inner = optimizer.make(config, per_epoch // config.batch_size, total_steps)
+    return task, inner.transformation
+
+
+def batches(config: Any, share: int) -> np.ndarray:
+    """int32 ``[workers, steps, batch]``: epochs of each worker over its own samples.
+
+    The same in all runs: as many steps as the largest H divides.
+    """
+    workers, size = config.local.workers, config.batch_size // config.local.workers
+    per_epoch = share // size
+    rng = np.random.default_rng(config.seed)
+    epoch = lambda: rng.permutation(share)[: per_epoch * size].reshape(per_epoch, size)
+    orders = [[epoch() for _ in range(config.num_epochs)] for _ in range(workers)]
+    order = np.stack([np.concatenate(epochs) for epochs in orders]).astype(np.int32)
+    rounds = order.shape[1] // max(config.local.every)
+    return order[:, : rounds * max(config.local.every)]
+
+
+def table(config: Any) -> list[Row]:
+    """The synchronous run, then one for each H; each is printed as it ends."""
+    check(config)
+    dataset, local = datasets.load(config), config.local
+    check_sizes(config, dataset)
+    make(config, dataset, config.learning_rate, 1)  # mistakes come before the first line
+    print(f"{'method':22} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
+    rows = []
+    for every in (0, *local.every):
+        rate = local.learning_rate if every else config.learning_rate
+        rows.append(run(config, dataset, every, rate))
+        print("{:22} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
+    return rows

@@ -1,0 +1,116 @@
+"""The options of the examples: every mistake in them is told in one line."""
+
+import ast
+import contextlib
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from examples.trainer.errors import UserError, expand
+from examples.trainer.options import effects
+from examples.trainer.options.fields import differing, flatten
+
+_SHIPPED = Path(__file__).parents[3] / "configs"
+# By name, as users put files of their own beside them.
+_RECIPES = "default", "cnn", "diloco", "gan", "linear", "mlp", "regression", "resnet", "rnn"
+
+
+def parse_flags(arguments: list[str]) -> list[str]:
+    """absl's parser, with one line instead of a traceback."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        rest = flags.FLAGS([with_home(argument) for argument in arguments])
+        flags.FLAGS.config.keys()  # raises what went wrong when the file was loaded
+        return rest
+    except Exception as error:  # ml_collections raises many kinds for a wrong field or value
+        sys.exit(f"error: {' '.join(describe(error).split())}")
+
+
+def with_home(argument: str) -> str:
+    """The file of the config with the home folder for ``~``, other arguments as they are."""
+    name, _, path = argument.partition("=")
+    return f"{name}={expand(path)}" if name.lstrip("-") == "config" and path else argument
+
+
+def describe(error: Exception) -> str:
+    """What is wrong with the options, or with the file of the config."""
+    message = str(error)
+    if missing := re.findall(r"Flag (--\w+) must have a value other than None", message):
+        return f"{' and '.join(missing)} must be given; --help lists all options"
+    if quoted := unquote(message):  # ml_collections repeats the text of a KeyError
+        name, _, hint = quoted.partition("\n")
+        fields = "configs/default.py lists all fields"
+        fields += " with their meaning, --help the other options" if name == "'help'" else ""
+        return f"the config has no field {name}; {hint or fields}"
+    if group := re.search(r"flag --(config\.\w+)=.*: Failed to parse .* as a ConfigDict", message):
+        return f"{group[1]} is a group of fields; set one of them: --config.optimizer.name=adam"
+    if trace := re.search(r"flag --config=(.*?): Error whilst parsing .*\n(\S.*)", message, re.S):
+        return f"{trace[1]}: {trace[2]}"
+    if missing_file := re.search("No such file or directory: '.*'", message):
+        return f"{missing_file[0]}; configs/ has a file for each recipe"
+    return message or type(error).__name__
+
+
+def unquote(text: str) -> str:
+    """What a whole Python string in it says; empty where it is something else."""
+    try:
+        found = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
+def refuse_without_effect(program: str) -> None:
+    """UserError if the user, or the user's own config file, sets what ``program`` ignores.
+
+    On the command line that is what differs from the file, in the file what differs from the one
+    of ``configs/`` that it may be made of: the one that leaves the least to refuse, and of these
+    the one that it is most like.
+    """
+    flag: Any = flags.FLAGS["config"]
+    if not isinstance(flag.value, ConfigDict):
+        raise UserError(f"{flag.config_filename}: get_config() must return a ConfigDict")
+    config, file = flatten(flag.value.to_dict()), config_of_file(flag.config_filename)
+    shipped = shipped_configs()
+    refuse_other_fields(flag.config_filename, file, shipped)
+    given = differing(config, file)
+    ignored = lambda names: [name for name in names if effects.ignored([name], file)]
+    changes = [differing(file, other) for other in shipped.values()]
+    likely = min(changes, key=lambda names: (len(ignored(names)), len(names)))
+    # The command line may mend them.
+    given += [name for name in ignored(likely) if name not in given]
+    effects.refuse(given, config, program)
+
+
+def config_of_file(path: str) -> dict[str, Any]:
+    """The fields of a config as its file has them, without those of the command line."""
+    parser: Any = flags.FLAGS["config"].parser
+    return flatten(parser.parse(path).to_dict())
+
+
+def shipped_configs() -> dict[str, dict[str, Any]]:
+    """The fields of each recipe by its name, but of those that fail when loaded."""
+    found = {}
+    for name in _RECIPES:
+        # One that a user is at work on must not keep the others from running.
+        with contextlib.suppress(Exception):
+            found[name] = config_of_file(str(_SHIPPED / f"{name}.py"))
+    return found
+
+
+def refuse_other_fields(path: str, file: dict[str, Any], shipped: dict[str, Any]) -> None:
+    """UserError if a config file has a field that no run knows, or lacks one of ``default``."""
+    needed = sorted(shipped["default"])
+    known = needed + [name for name in shipped.get("diloco", ()) if name.startswith("local.")]
+    for name in (name for name in file if name not in known):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean config.{near[0]}?" if near else "configs/default.py lists all fields"
+        raise UserError(f"{path}: there is no field config.{name}; {hint}")
+    for name in (name for name in needed if name not in file):
+        start = "begin with that of configs/default.py and change what you want"
+        raise UserError(f"{path}: its config has no field {name}; {start}")
