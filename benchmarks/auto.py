@@ -26,7 +26,7 @@ from benchmarks.readme import source, write_section
 from configs import cnn, mlp, rnn
 from examples.trainer.compiling import jit
 from examples.trainer.data import datasets
-from examples.trainer.tasks import tasks
+from examples.trainer.tasks.choose import make_task
 
 HERE = Path(__file__).parent
 RUNS = HERE / "results" / "auto.jsonl"
@@ -111,7 +111,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             convention=config.optimizer.convention,
         )
-        self.task: Any = tasks.make(config, self.problem.dataset, jax.random.key(0))
+        self.task: Any = make_task(config, self.problem.dataset, jax.random.key(0))
         compiled = functools.partial(jit, fusions=config.cpu_fusions)
         self.step = compiled(self._one)
         self.many = compiled(
@@ -159,7 +159,7 @@ class Trainer:
 
     def run(self, seed: int, hyper: dict[str, float]) -> dict[str, Any]:
         begin = time.perf_counter()
-        task = tasks.make(self.problem.config, self.problem.dataset, jax.random.key(seed))
+        task = make_task(self.problem.config, self.problem.dataset, jax.random.key(seed))
         hyper = {name: jnp.float32(value) for name, value in hyper.items()}
         carry: Any = task.params, self.start(task.params, hyper)
         random = np.random.default_rng(seed)

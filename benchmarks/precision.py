@@ -23,7 +23,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.shapes import SHAPES
 from configs import cnn, mlp, rnn
 from examples.trainer.data import datasets
-from examples.trainer.tasks import tasks
+from examples.trainer.tasks.choose import make_task
 from nag_jax import rules
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
@@ -51,7 +51,7 @@ def recipes() -> dict[str, Any]:
 
 
 def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
-    task = tasks.make(config, dataset, jax.random.key(seed))
+    task = make_task(config, dataset, jax.random.key(seed))
     count = len(dataset.train["x"])
     chosen = np.random.default_rng(seed).permutation(count)[: config.train_samples or None]
     arrays: Any = {key: jnp.asarray(rows[chosen]) for key, rows in dataset.train.items()}

@@ -22,21 +22,23 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 from benchmarks.machine import describe_machine
-from examples.trainer import optimizer
 from examples.trainer.cluster.layout import Layout
+from examples.trainer.cluster.signals import StopRequest
 from examples.trainer.data import datasets
 from examples.trainer.loop import feeds, steps, train
-from examples.trainer.tasks import tasks
+from examples.trainer.optimizer import make_optimizer
+from examples.trainer.run.state import TrainState
+from examples.trainer.tasks.choose import make_task
 
 _RESULT = Path(__file__).parent / "results" / "throughput.json"
 
 
-def prepared(config: Any, dataset: datasets.Dataset) -> tuple[feeds.MemoryFeed, steps.TrainState]:
+def prepared(config: Any, dataset: datasets.Dataset) -> tuple[feeds.MemoryFeed, TrainState]:
     """The trainer's feed with its compiled update, and the state to begin with."""
     layout = Layout(config.devices)
     feed = feeds.MemoryFeed(config, dataset, layout)
-    task = tasks.make(config, dataset, jax.random.key(0))
-    maker = optimizer.make(config, feed.steps_per_epoch, 10**6)
+    task = make_task(config, dataset, jax.random.key(0))
+    maker = make_optimizer(config, feed.steps_per_epoch, 10**6)
     feed.compile(steps.make_update(task, maker.transformation, 1, layout.constrain))
     state = steps.initial_state(task, maker.transformation, jax.random.key(1), feed.samples)
     return feed, layout.put_whole(state)
@@ -141,16 +143,14 @@ def python_overhead(config: Any, dataset: datasets.Dataset, n: int = 2000) -> di
             state = feed._run(state, feed.samples, order, 1)
         jax.block_until_ready(state)
         times["bare"].append(time.perf_counter() - start)
-        stop, step = train.StopRequest(), 0
+        stop, step = StopRequest(), 0
         start = time.perf_counter()
         while step < n:
             end = train.next_stop(config, step, feed.steps_per_epoch, n)
-            while step < end and not stop.requested():
-                state = feed.advance(state, step, 1)
-                step += 1
+            state, step, _ = train.advance(feed, state, step, end, stop)
         jax.block_until_ready(state)
         times["loop"].append(time.perf_counter() - start)
-        stop.restore()
+        stop.uninstall()
     per_step = {name: 1e3 * min(values) / n for name, values in times.items()}
     return per_step | {"overhead_ms": per_step["loop"] - per_step["bare"]}
 

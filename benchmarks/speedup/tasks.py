@@ -16,7 +16,7 @@ from benchmarks.speedup.optimizers import Setting
 from benchmarks.speedup.training import Task
 from configs import cnn, linear, mlp, resnet, rnn
 from examples.trainer.data import datasets
-from examples.trainer.tasks import tasks as examples
+from examples.trainer.tasks.choose import make_task
 
 VALID = 1024  # held-out samples that choose the most accurate trial
 RIDGE = 1e-3
@@ -44,7 +44,7 @@ def _images(
     decays: bool = True, seen: int = 1024, **more: Any,
 ) -> Task:  # fmt: skip
     dataset = _fashion(samples, test)
-    make = functools.cache(lambda seed: examples.make(config, dataset, jax.random.key(seed)))
+    make = functools.cache(lambda seed: make_task(config, dataset, jax.random.key(seed)))
     train, valid = _split(dataset.train, samples)
 
     def losses(params: Any, rest: Any, batch: Any) -> Any:
@@ -139,7 +139,7 @@ def recurrent(quick: bool) -> Task:
     hidden, length = (8, 8) if quick else (48, 24)
     config = _configured(rnn, hidden=hidden, embedding=hidden // 2, length=length)
     dataset = datasets.load(config)
-    make = functools.cache(lambda seed: examples.make(config, dataset, jax.random.key(seed)))
+    make = functools.cache(lambda seed: make_task(config, dataset, jax.random.key(seed)))
     train, valid = _split(dataset.train, samples)
 
     def losses(params: Any, rest: Any, batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``jax.jit`` with the compiler's options that the models of the examples run fastest with."""
+"""``jax.jit`` with the compiler options that run the models of the trainer fastest on CPU."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ def jit(function: Callable, fusions: Sequence[str] = ("REDUCE",), **options: Any
 
 @functools.cache
 def compiler_options(fusions: tuple[str, ...]) -> dict[str, str]:
-    """What to give to the compiler here; nothing for accelerators and for an XLA without it.
+    """The options for this device; none on accelerators and for versions of XLA without them.
 
-    On CPU, XLA (jax 0.10 to 0.12) leaves sums, products and convolutions to YNNPACK. Its
-    convolutions take twice as long for a small CNN as XLA's own, and its products are faster in
-    a GRU and slower in an MLP, so ``fusions``, some of FUSIONS, names what it is left.
+    On CPU, XLA (jax 0.10 to 0.12) uses YNNPACK for sums, products and convolutions. For a small
+    CNN, its convolutions take twice as long as XLA's own; its products are faster in a GRU and
+    slower in an MLP. ``fusions``, a subset of FUSIONS, names the operations that may use it.
     """
     if jax.default_backend() != "cpu":
         return {}

@@ -1,8 +1,9 @@
-"""Starts several training processes on this machine, which act as several machines would.
+"""Starts several training processes on this machine, to try out what several machines do.
 
 ``python -m examples.trainer.launch --processes=2 --devices_per_process=2 -- --config=CONFIG
---workdir=FOLDER``: what comes after ``--`` goes to ``examples.trainer``. Virtual CPU devices talk
-through gloo. Ctrl-C and SIGTERM let all of them save and stop; when one dies, so do the others.
+--workdir=FOLDER``: the options after ``--`` are those of ``examples.trainer``. The processes use
+virtual CPU devices, which communicate through gloo. After Ctrl-C or SIGTERM all of them save and
+stop. If one dies, the others are stopped.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import threading
 import time
 from typing import Any
 
-_GRACE = 30  # seconds to end by themselves after one has failed
+_GRACE = 30  # seconds for the others to end by themselves after one has failed
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     stopping, resumable = threading.Event(), threading.Event()
     children = [start(options, number, address) for number in range(options.processes)]
     printers = [
-        threading.Thread(target=tell, args=(child, number, resumable), daemon=True)
+        threading.Thread(target=forward_output, args=(child, number, resumable), daemon=True)
         for number, child in enumerate(children)
     ]
     for printer in printers:
@@ -40,7 +41,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     first = wait_for_first_failure(children)
     if first is not None and not stopping.is_set():
-        reason = describe(children[first].returncode)
+        reason = how_it_ended(children[first].returncode)
         print(f"launch: process {first} {reason}; the others are stopped", file=sys.stderr)
         end_others(children)
     for child in children:
@@ -48,8 +49,10 @@ def main() -> None:
     for printer in printers:
         printer.join()
     if first is not None:
-        goes_on = resumable.is_set() or children[first].returncode < 0  # and not after a mistake
-        sys.exit("launch: the same command goes on from the last checkpoint" if goes_on else 1)
+        # Not after a mistake in the options, which the same command would repeat.
+        can_resume = resumable.is_set() or children[first].returncode < 0
+        message = "launch: run the same command again to resume from the last checkpoint"
+        sys.exit(message if can_resume else 1)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -59,7 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices_per_process", type=int, default=1, help="virtual CPU devices")
-    parser.add_argument("command", nargs="+", help="after --, options of examples.trainer")
+    parser.add_argument("command", nargs="+", help="after --: options of examples.trainer")
     options = parser.parse_args(arguments)
     if options.processes < 1 or options.devices_per_process < 1:
         parser.error("--processes and --devices_per_process must be at least 1")
@@ -77,26 +80,26 @@ def start(options: argparse.Namespace, number: int, address: str) -> subprocess.
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(options.devices_per_process),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        # Fewer threads than twice the devices deadlock.
+        # With fewer threads than twice the number of devices, they deadlock.
         "PJRT_NPROC": str(max(32, 2 * options.devices_per_process)),
     }
-    place = [f"--coordinator={address}", f"--num_processes={options.processes}"]
+    position = [f"--coordinator={address}", f"--num_processes={options.processes}"]
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "examples.trainer", *options.command, *place,
+        [sys.executable, "-u", "-m", "examples.trainer", *options.command, *position,
          f"--process_id={number}"],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches them through this process, once
+        start_new_session=True,  # this process passes Ctrl-C on, once
     )  # fmt: skip
 
 
-def tell(child: subprocess.Popen[str], number: int, resumable: threading.Event) -> None:
-    """Prints what a process says, the first as it is, the others with their number.
+def forward_output(child: subprocess.Popen[str], number: int, resumable: threading.Event) -> None:
+    """Prints the output of a process; all but the first get their number as a prefix.
 
-    Sets ``resumable`` where one of them says that the same command goes on.
+    Sets ``resumable`` if the process says that the same command resumes.
     """
     assert child.stdout is not None
     for line in child.stdout:
-        if "the same command" in line:
+        if "to resume" in line:
             resumable.set()
         if not line.startswith("[Gloo] Rank "):
             sys.stdout.write(line if number == 0 else f"[{number}] {line}")
@@ -104,18 +107,18 @@ def tell(child: subprocess.Popen[str], number: int, resumable: threading.Event) 
 
 
 def wait_for_first_failure(children: list[subprocess.Popen[str]]) -> int | None:
-    """The number of the first that fails, of several one that was killed; None if all end well."""
+    """The number of the first process that fails; None if all succeed."""
     while True:
         codes = [child.poll() for child in children]
         failed = [(code, number) for number, code in enumerate(codes) if code]
-        if failed:  # the others follow a killed one within milliseconds
+        if failed:  # a killed one (code < 0) is the cause, others follow within milliseconds
             return min(failed)[1]
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.05)
 
 
-def describe(code: int) -> str:
+def how_it_ended(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 

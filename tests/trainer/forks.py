@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-LIMIT = 60  # seconds for any run
+LIMIT = 600  # seconds for any run: a safety net, far more than any needs
 
 
 def on_devices(count):

@@ -9,36 +9,11 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
+from examples.trainer import optimizer
+
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("[a-z]*.py") if p.stem != "default")
-
-
-OPTIMIZERS = [
-    "nag",
-    "nag_then_sgd",
-    "nag_auto",
-    "averaged",
-    "lookahead",
-    "snoo",
-    "heavy_ball",
-    "fista",
-    "chambolle_dossal",
-    "ogm",
-    "estimate_sequence",
-    "qhm",
-    "gpa",
-    "agnes",
-    "mass",
-    "accsgd",
-    "srsgd",
-    "sgd",
-    "momentum",
-    "nesterov",
-    "adam",
-    "adamw",
-    "nadam",
-    "nadamw",
-]
+OPTIMIZERS = list(optimizer.OPTIMIZERS)
 
 
 def config(name="mlp", **changes):
@@ -58,6 +33,12 @@ def change(chosen, name, value):
 
 def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def stopped(total):
+    """What a run prints that a signal has stopped; a group matches its step."""
+    how = "everything is saved; run the same command again to resume"
+    return rf"stopped at step (\d+) of {total}; {how}"
 
 
 def steps_in(folder):

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from examples.trainer import optimizer
 from examples.trainer.errors import UserError
 from examples.trainer.loop import stopping
-from examples.trainer.loop.steps import TrainState
+from examples.trainer.optimizer import make_optimizer
 from examples.trainer.options.fields import flatten
-from examples.trainer.options.values import check
+from examples.trainer.options.values import check_config
 from examples.trainer.run import board, workdir
+from examples.trainer.run.state import TrainState
 from trainer.helpers import OPTIMIZERS, change, config
 
 FIELDS = sorted(flatten(config().to_dict()).items())
@@ -47,8 +47,8 @@ def test_any_value_works_or_is_a_user_error(data):
     for name, usual in data.draw(names):
         change(chosen, name, data.draw(values_like(usual), label=name))
     try:
-        check(chosen)
-        maker = optimizer.make(chosen, 11, 330)
+        check_config(chosen)
+        maker = make_optimizer(chosen, 11, 330)
         state = maker.transformation.init({"w": jnp.ones(2)})
         row = maker.hyperparameters(state, 5, 1.0)
     except UserError as error:
@@ -77,7 +77,7 @@ def test_the_log_has_what_nag_then_sgd_uses(transition_steps):
     chosen = config(learning_rate=0.1, momentum=0.8)
     changes = dict(name="nag_then_sgd", switch_step=6, transition_steps=transition_steps)
     chosen.optimizer.update(changes)
-    maker = optimizer.make(chosen, 11, 22)
+    maker = make_optimizer(chosen, 11, 22)
     y = x = 1.0
     params = {"w": jnp.ones(2)}
     state = maker.transformation.init(params)
@@ -99,7 +99,7 @@ def test_the_log_has_momentum_where_the_config_sets_it(name):
     for momentum in (0.9, 0.5):
         chosen = config(momentum=momentum, schedule="constant", warmup_epochs=0.0)
         chosen.optimizer.update(name=name)
-        maker = optimizer.make(chosen, 11, 22)
+        maker = make_optimizer(chosen, 11, 22)
         params = {"w": jnp.ones(2)}
         state = maker.transformation.init(params)
         for gradient in (1.0, 3.0):
@@ -114,7 +114,7 @@ def test_the_log_has_momentum_where_the_config_sets_it(name):
 def test_a_plateau_lowers_the_rate_of_both_players():
     chosen = config("gan", clip_norm=100.0, warmup_epochs=0.0)
     chosen.plateau.patience = 1
-    maker = optimizer.make(chosen, 11, 22)
+    maker = make_optimizer(chosen, 11, 22)
     params = {"generator": jnp.ones(2), "discriminator": jnp.ones(3)}
     state = TrainState(*[None] * 7)._replace(opt_state=maker.transformation.init(params))
     steps = [
@@ -127,7 +127,7 @@ def test_a_plateau_lowers_the_rate_of_both_players():
 def test_both_players_of_a_gan_have_the_rates_they_found():
     chosen = config("gan")
     chosen.optimizer.name = "nag_auto"
-    maker = optimizer.make(chosen, 11, 22)
+    maker = make_optimizer(chosen, 11, 22)
     params = {"generator": jnp.ones(2), "discriminator": jnp.ones(3)}
     state = maker.transformation.init(params)
     gradients = {"generator": jnp.ones(2), "discriminator": 7.0 * jnp.ones(3)}

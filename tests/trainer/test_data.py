@@ -1,5 +1,6 @@
 """The readers: real files come back as they are, broken ones are named with what is wrong."""
 
+import codecs
 import gzip
 import struct
 import tracemalloc
@@ -91,7 +92,7 @@ def test_broken_files_are_named(tmp_path, case, zipped):
     with pytest.raises(UserError, match=message) as caught:
         load("mnist", tmp_path)
     if case != "other data set":
-        assert "fetch the four IDX files" in str(caught.value)
+        assert "download the four IDX files" in str(caught.value)
 
 
 def test_missing_and_damaged_files_say_how_to_get_them(tmp_path):
@@ -216,7 +217,48 @@ def test_any_text_file_gives_windows_or_a_user_error(tmp_path_factory, content):
         assert str(path) in str(error)  # noqa: PT017
     else:
         text = "".join(dataset.names[i] for i in dataset.train["x"][0])
-        assert text == content.decode()[:9]
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            assert len(text) == 9
+        else:
+            whole = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+            assert text == whole[:9]
+
+
+TEXT = "One line,\nand \u00e4 second \u20ac.\n"
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_byte_order_marks_and_line_ends_are_not_characters(tmp_path, encoding, newline, zipped):
+    mark = "" if encoding.startswith("utf-8") else "\ufeff"
+    content = (mark + TEXT.replace("\n", newline)).encode(encoding)
+    (tmp_path / "text").write_bytes(gzip.compress(content) if zipped else content)
+    assert readers.read_text(tmp_path / "text") == TEXT
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (codecs.BOM_UTF8, "text: is empty"),
+        (codecs.BOM_UTF8 + b"a\xff", r"text: not UTF-8 text \(byte 1\); convert it to UTF-8"),
+        (codecs.BOM_UTF16_LE + b"abc", r"text: not UTF-16 text \(byte 4\); convert it to UTF-8"),
+        ("text".encode("utf-16-le"), r"text: not UTF-8 text \(it has zero bytes\); convert it"),
+    ],
+)
+def test_text_that_cannot_be_decoded(tmp_path, content, message):
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        readers.read_text(tmp_path / "text")
+
+
+def test_a_byte_order_mark_is_not_learned(tmp_path):
+    (tmp_path / "text").write_bytes(codecs.BOM_UTF8 + b"to be, or not to be\r\n" * 20)
+    config = text_config(text_file=str(tmp_path / "text"))
+    config.model.length = 8
+    assert datasets.load(config).names == tuple(sorted(set("to be, or not to be\n")))
 
 
 def test_text_windows_predict_each_character_once(tmp_path):

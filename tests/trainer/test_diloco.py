@@ -86,8 +86,8 @@ def test_mistakes_are_named(config):
         (dict(seed=-1), {}, r"config\.seed must be in \[0, 2\*\*32\), got -1"),
         (dict(batch_size=0), {}, r"config\.batch_size must be at least 1, got 0"),
         (dict(num_epochs=1), dict(every=(1, 128)), r"=1 makes 18 steps, fewer than the 128 of"),
-        (dict(dataset="shards"), {}, r"config\.dataset=shards is for examples\.train only"),
-        (dict(task="adversarial"), {}, r"config\.task=adversarial is for examples\.train only"),
+        (dict(dataset="shards"), {}, r"config\.dataset=shards is for examples\.trainer only"),
+        (dict(task="adversarial"), {}, r"config\.task=adversarial is for examples\.trainer only"),
         ({}, dict(workers=0), r"config\.local\.workers must be at least 1, got 0"),
         ({}, dict(every=()), r"config\.local\.every must be positive ints, got \(\)"),
         ({}, dict(every=(4, 0)), r"config\.local\.every must be positive ints, got \(4, 0\)"),
@@ -98,7 +98,7 @@ def test_mistakes_are_named(config):
         (
             dict(task="classification", dataset="digits", model=dict(name="resnet", channels=(2,))),
             {},
-            r"config\.model\.name=resnet has BatchNorm: use examples\.train",
+            r"config\.model\.name=resnet has BatchNorm: use examples\.trainer",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_bad_values_are_named_before_the_table(config, capsys, changes, local, m
 
 
 def test_a_config_without_workers():
-    with pytest.raises(UserError, match=r"no group config\.local; take configs/diloco\.py"):
+    with pytest.raises(UserError, match=r"no group config\.local; use configs/diloco\.py"):
         diloco.table(mlp.get_config())
 
 

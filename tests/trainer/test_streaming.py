@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import streaming as benchmark
-from examples.trainer.data.shards import ShardedSource
-from examples.trainer.data.streaming import BatchStream, open_shards, write_shards
+from examples.trainer.data.shard_writer import write_shards
+from examples.trainer.data.shards import ShardedSource, open_shards
+from examples.trainer.data.streaming import BatchStream
 from examples.trainer.errors import UserError
 
 
@@ -152,7 +153,7 @@ def test_a_position_in_other_data_is_refused(tmp_path):
         BatchStream(source, 8, 0): "batch_size",
         BatchStream(longer, 7, 0): "rows",
     }.items():
-        with pytest.raises(UserError, match=f"data position is of {field} .*new workdir"):
+        with pytest.raises(UserError, match=f"data position is for {field} .*new workdir"):
             other.set_state(state)
     for shard in (0, 1):  # as many rows, but not the same ones
         path = tmp_path / "c" / f"x-{shard:05d}.npy"
@@ -160,7 +161,7 @@ def test_a_position_in_other_data_is_refused(tmp_path):
         path.write_bytes(b"")
         stream = BatchStream(open_shards(tmp_path / "c"), 7, 0)
         if shard == 1:
-            with pytest.raises(UserError, match="data position is of shards"):
+            with pytest.raises(UserError, match="data position is for shards"):
                 stream.set_state(state)
         state = stream.get_state()
         path.write_bytes(content)
@@ -305,16 +306,16 @@ BROKEN_SHARDS = {
 
 
 @pytest.mark.parametrize("case", BROKEN_SHARDS)
-def test_a_broken_shard_is_refused_or_left_out_and_counted(tmp_path, case):
+def test_a_broken_shard_is_refused_or_skipped_and_counted(tmp_path, case):
     make(tmp_path)
     name, damage, message = BROKEN_SHARDS[case]
-    assert open_shards(tmp_path, "refuse").left_out == ()
+    assert open_shards(tmp_path, "refuse").skipped == ()
     damage(tmp_path / f"{name}.npy")
     with pytest.raises(UserError, match=f"{name}.npy: .*{message}"):
         open_shards(tmp_path, "refuse")
     source = open_shards(tmp_path, "skip")
-    assert len(source.left_out) == 1
-    assert re.search(f"{name}.npy: .*{message}", source.left_out[0])
+    assert len(source.skipped) == 1
+    assert re.search(f"{name}.npy: .*{message}", source.skipped[0])
     stream = BatchStream(source, 83)
     rows = numbers(take(stream, 1))
     np.testing.assert_array_equal(rows, [*range(40), *range(60, 103)])
@@ -338,7 +339,7 @@ def test_missing_pairs_of_files_are_noticed(tmp_path, gone, lost, message):
     with pytest.raises(UserError, match=message):
         open_shards(tmp_path, "refuse")
     source = open_shards(tmp_path)
-    assert message in source.left_out[0]
+    assert message in source.skipped[0]
     assert BatchStream(source, 7).bad_records["shard"] == lost
 
 
@@ -411,9 +412,9 @@ def test_any_bytes_in_a_shard_give_data_or_a_user_error(tmp_path_factory, data):
         open_shards(folder, "refuse")
     except UserError as error:
         assert str(path) in str(error)  # noqa: PT017
-        assert len(source.left_out) == 1
+        assert len(source.skipped) == 1
     else:
-        assert not source.left_out
+        assert not source.skipped
 
 
 @settings(max_examples=200, deadline=None)
@@ -471,7 +472,7 @@ def test_batches_are_read_ahead_in_background_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(ShardedSource, "read", counted)
     stream = BatchStream(source, 7, 0, 2, 5)
     next(stream)
-    until = time.monotonic() + 20
+    until = time.monotonic() + 600
     while len(readers) < 6 and time.monotonic() < until:
         time.sleep(0.01)
     assert len(readers) == 6  # the one handed out and five ahead, with nobody asking

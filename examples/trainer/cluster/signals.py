@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, so that a run can save first."""
+"""Handles Ctrl-C and SIGTERM, so that a run can save first."""
 
 import _thread
 import os
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class StopRequest:
-    """Notes Ctrl-C and SIGTERM, so that the loop can save first; a second Ctrl-C stops at once.
+    """Remembers Ctrl-C and SIGTERM, so that the loop can save; a second Ctrl-C stops immediately.
 
-    Among several processes a signal to any of them stops all, after the same step.
+    If several processes train, a signal to any of them stops all of them after the same step.
     """
 
     def __init__(self) -> None:
@@ -28,17 +28,17 @@ class StopRequest:
         self._looks = 0
         self._several = processes.several()
         self._before: dict[int, Any] = {}
-        # Among several, SIGTERM is caught by jax, which tells the others.
+        # With several processes, jax itself catches SIGTERM and informs the others.
         handlers = {signal.SIGINT: self._pass_on} if self._several else {}
         handlers = handlers or {signal.SIGINT: self._note, signal.SIGTERM: self._note}
         for number, handler in handlers.items():
             try:
                 self._before[number] = signal.signal(number, handler)
-            except ValueError:  # not in the main thread: signals are somebody else's
+            except ValueError:  # only the main thread can handle signals
                 return
 
     def requested(self) -> bool:
-        """Whether to stop now; every process must ask equally often."""
+        """Whether to stop now; all processes must call this equally often."""
         if self._several and not self._noted:
             self._looks += 1
             self._noted = multihost_utils.reached_preemption_sync_point(self._looks)
@@ -52,23 +52,24 @@ class StopRequest:
         os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def restore(self) -> None:
+    def uninstall(self) -> None:
+        """Restores the handlers from before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
 def forget(unraisable: "UnraisableHookArgs") -> None:
-    """A ``sys.unraisablehook`` that tells nothing, and loses no Ctrl-C.
+    """A ``sys.unraisablehook`` that prints nothing and does not lose a Ctrl-C.
 
-    After compiling, the first Python code is often jax's callback for the garbage collector, and
-    what is raised there ends nothing.
+    After a compilation the first Python code that runs is often jax's callback for the garbage
+    collector, and Python ignores exceptions that are raised there.
     """
     if unraisable.exc_type is KeyboardInterrupt:
         threading.Thread(target=_interrupt_again, daemon=True).start()
 
 
 def _interrupt_again() -> None:
-    """As soon as the main thread is out of ``forget``, where it would be lost again."""
+    """Waits until the main thread has left ``forget``, where the signal would be lost again."""
     while True:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         while frame is not None and frame.f_code is not forget.__code__:

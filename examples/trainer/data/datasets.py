@@ -1,4 +1,4 @@
-"""Data sets that fit in memory, as arrays; those that do not are read by ``streaming.py``."""
+"""Data sets that fit in memory, as arrays; ``streaming.py`` reads larger ones."""
 
 import pydoc_data.topics
 import zlib
@@ -34,15 +34,24 @@ class Dataset(NamedTuple):
 
 
 def load(config: Any) -> Dataset:
-    """The data set that ``config.dataset`` names; UserError if it is unknown or broken."""
+    """The data set that ``config.dataset`` names; UserError if it is unknown or damaged."""
     if config.dataset not in _LOADERS:
         known = ", ".join([*_LOADERS, "shards"])
         raise UserError(f"config.dataset must be one of {known}, got {config.dataset!r}")
     return _LOADERS[config.dataset](config)
 
 
+def kind(dataset: Dataset) -> str:
+    """The kind of data, in words; it decides which tasks can learn from them."""
+    x, y = dataset.train["x"], dataset.train.get("y")
+    if y is None:
+        return "text"
+    rows = "images" if x.ndim == 4 else "rows of numbers" if x.ndim == 2 else "other arrays"
+    return f"{rows} with {'targets' if y.dtype.kind == 'f' else 'labels'}"
+
+
 def fingerprint(dataset: Dataset) -> int:
-    """A CRC-32 of all that is in it, by which a run knows its data again, wherever they lie."""
+    """A CRC-32 of all contents, by which a run recognizes its data after they were moved."""
     found = zlib.crc32(repr(dataset.names).encode())
     for split in (dataset.train, dataset.test):
         for name, array in sorted(split.items()):
@@ -102,7 +111,7 @@ def _mnist_like(name: str, names: tuple[str, ...], how_to_get: str) -> Callable[
 
 def _cifar10(config: Any) -> Dataset:
     how_to_get = (
-        "fetch cifar-10-binary.tar.gz, unpack it and pass the folder of its .bin files with "
+        "download cifar-10-binary.tar.gz, unpack it and pass the folder of its .bin files with "
         "--config.data_dir=FOLDER"
     )
 
@@ -155,7 +164,7 @@ def _text(config: Any) -> Dataset:
 
 
 def _windows(codes: np.ndarray, length: int) -> np.ndarray:
-    """Each character is predicted once, from those before it in its window."""
+    """Windows in which each character is predicted once, from the earlier ones in its window."""
     count = max(len(codes) - 1, 0) // length
     starts = length * np.arange(count)[:, None]
     return codes[starts + np.arange(length + 1)]
@@ -181,13 +190,14 @@ def _find(folder: Path, stem: str) -> Path:
     raise UserError(f"{folder / stem}[.gz]: no such file")
 
 
-_FETCH = "fetch the four IDX files of {} and pass their folder with --config.data_dir=FOLDER"
+_FETCH = "download the four IDX files of {} and pass their folder with --config.data_dir=FOLDER"
 _LOADERS = {
     "digits": _digits,
     "fashion_mnist": _mnist_like(
         "fashion-mnist",
         _FASHION,
-        "on Debian: apt-get install dataset-fashion-mnist; else " + _FETCH.format("Fashion-MNIST"),
+        "on Debian: apt-get install dataset-fashion-mnist; otherwise "
+        + _FETCH.format("Fashion-MNIST"),
     ),
     "mnist": _mnist_like("mnist", _DIGITS, _FETCH.format("MNIST")),
     "cifar10": _cifar10,

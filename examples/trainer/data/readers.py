@@ -1,9 +1,10 @@
-"""Readers of standard file formats that trust no header and never unpickle.
+"""Readers of standard file formats. They do not trust headers and never unpickle.
 
-Each raises UserError for a missing, damaged or wrong file, naming the file and what is wrong, and
-uses no more memory than the file can account for.
+Each raises UserError for a missing, damaged or wrong file, with the file and what is wrong, and
+uses no more memory than the size of the file can justify.
 """
 
+import codecs
 import gzip
 import math
 import struct
@@ -18,9 +19,18 @@ import numpy as np
 from examples.trainer.errors import UserError
 
 _CHUNK = 1 << 20
-_GZIP_RATIO = 1040  # deflate cannot expand by more
+_GZIP_RATIO = 1040  # the most by which deflate can expand data
 _CIFAR_SHAPE = (3, 32, 32)
 _CIFAR_RECORD = 1 + math.prod(_CIFAR_SHAPE)
+# Byte-order marks; UTF-32 comes first, because its mark starts with that of UTF-16. Decoding with
+# these names removes the mark.
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    codecs.BOM_UTF8: "UTF-8-sig",
+}
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -33,7 +43,7 @@ def read_idx(path: Path) -> np.ndarray:
             raise UserError(f"{path}: IDX data type 0x{header[2]:02x}, need 0x08 (unsigned bytes)")
         sizes = file.read(4 * header[3])
         if len(sizes) < 4 * header[3]:
-            raise UserError(f"{path}: ends within its header; fetch it again")
+            raise UserError(f"{path}: ends within its header; download it again")
         shape = struct.unpack(f">{header[3]}I", sizes)
         expected = math.prod(shape)
         zipped = isinstance(file, gzip.GzipFile)
@@ -47,7 +57,7 @@ def read_idx(path: Path) -> np.ndarray:
         more = "more" if len(found) > expected else f"only {len(found)}"
         raise UserError(
             f"{path}: its header promises {expected} bytes of data {shape}, it holds {more}; "
-            "fetch it again"
+            "download it again"
         )
     return np.frombuffer(found, np.uint8).reshape(shape)
 
@@ -61,7 +71,7 @@ def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if size == 0 or size % _CIFAR_RECORD:
             raise UserError(
                 f"{path}: {size} bytes are not a whole number of {_CIFAR_RECORD}-byte records of "
-                "CIFAR-10's binary version; fetch it again"
+                "CIFAR-10's binary version; download it again"
             )
         records = np.frombuffer(file.read(), np.uint8).reshape(-1, _CIFAR_RECORD)
     images = records[:, 1:].reshape(-1, *_CIFAR_SHAPE).transpose(0, 2, 3, 1)
@@ -69,13 +79,23 @@ def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_text(path: Path) -> str:
-    """Reads a text file in UTF-8."""
+    """Reads a text file in UTF-8, or in UTF-16 or UTF-32 if it starts with a byte-order mark.
+
+    The mark is not part of the text, and every line ends with a single newline character.
+    """
     with _opened(path) as file:
         content = file.read()
+    marked = (name for mark, name in _ENCODINGS.items() if content.startswith(mark))
+    encoding = next(marked, "UTF-8")
     try:
-        text = content.decode("utf-8")
+        text = content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        name = encoding.removesuffix("-sig")
+        raise UserError(
+            f"{path}: not {name} text (byte {error.start}); convert it to UTF-8"
+        ) from None
+    if "\0" in text:  # UTF-16 without its mark
+        raise UserError(f"{path}: not UTF-8 text (it has zero bytes); convert it to UTF-8")
     if not text:
         raise UserError(f"{path}: is empty")
     return text
@@ -95,7 +115,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from None
+        raise UserError(f"{path}: damaged gzip file ({error}); download it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 

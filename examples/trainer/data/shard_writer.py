@@ -1,4 +1,4 @@
-"""Writes data of any size as the shards that ``examples.trainer.data.shards`` reads."""
+"""Writes data of any size as shards, which ``examples.trainer.data.shards`` reads."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -16,11 +16,18 @@ def write_shards(
 ) -> None:
     """Writes ``(x, y)`` chunks of any length as shards, with one shard and one chunk in memory.
 
-    The folder must be new or empty. meta.json comes last, so an interrupted write is never
-    taken for a data set. Values are written as they are: reading finds the bad ones.
+    meta.json is written last, so an interrupted write never looks like a data set. Values are not
+    checked here; bad records are found when they are read.
+
+    Args:
+      folder: a new or empty folder.
+      chunks: pairs of ``x`` ``[rows, ...]``, float32, float16 or uint8, and ``y`` ``[rows]``,
+        integer labels or float targets.
+      rows_per_shard: rows in each file, at least 1; the last file may have fewer.
+      classes: number of classes; 0 for regression.
 
     Raises:
-      UserError: if the folder cannot be written, or the chunks do not fit together.
+      UserError: if the folder cannot be written, or the chunks do not match each other.
     """
     folder = expand(folder)
     if rows_per_shard < 1 or classes < 0:
@@ -54,7 +61,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _regroup(chunks: Iterable[Pair], rows: int, classes: int) -> Iterator[Pair]:
-    """Yields shards of ``rows`` rows, the last one shorter, all in the same two buffers."""
+    """Yields shards of ``rows`` rows (the last may be shorter), all in the same two buffers."""
     shard, filled = None, 0
     for chunk in chunks:
         x, y = map(np.asarray, chunk)

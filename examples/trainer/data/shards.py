@@ -1,4 +1,4 @@
-"""Data sets larger than memory: a folder of .npy shards, read by memory mapping.
+"""Data sets larger than memory: folders of .npy shards, read by memory mapping.
 
 x-00000.npy, x-00001.npy, ...   [rows, ...] float32, float16 or uint8
 y-00000.npy, y-00001.npy, ...   [rows] integer labels, or float targets
@@ -24,7 +24,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 class Array(NamedTuple):
-    """What the header of one .npy file promises, checked against the file's size."""
+    """The header of one .npy file, checked against the size of the file."""
 
     path: Path
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Array(NamedTuple):
     offset: int  # of the first row, in bytes
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Maps these rows only: a map that stays open would count as memory of this process."""
+        """Maps only these rows; a map that stays open would count as memory of this process."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         offset = self.offset + start * row_bytes
         try:
@@ -60,20 +60,20 @@ class Meta(NamedTuple):
 
 
 class ShardedSource(NamedTuple):
-    """The good shards of a folder as one sequence of rows; nothing is in memory."""
+    """The good shards of a folder as one sequence of rows; nothing is kept in memory."""
 
     meta: Meta
     shards: tuple[Shard, ...]
-    left_out: tuple[str, ...]  # what is wrong with the others, one line each
+    skipped: tuple[str, ...]  # why the other shards are skipped, one line each
     on_bad: str  # "skip" or "refuse"
 
     @property
     def rows(self) -> int:
-        """The rows that can be read."""
+        """The number of rows that can be read."""
         return self.shards[-1].stop
 
     def read(self, start: int, stop: int) -> Pair:
-        """Copies rows ``start`` to ``stop`` out of as many shards as they span."""
+        """Copies rows ``start`` to ``stop``, from one or more shards."""
         x = np.empty((stop - start, *self.meta.shape), self.meta.dtype)
         y = np.empty(stop - start, np.int64 if self.meta.classes else np.float32)
         row = start
@@ -82,27 +82,27 @@ class ShardedSource(NamedTuple):
             count = min(stop, shard.stop) - row
             into = slice(row - start, row - start + count)
             x[into] = shard.x.rows(first, first + count)
-            with np.errstate(over="ignore"):  # a float64 target out of range becomes inf
+            with np.errstate(over="ignore"):  # float64 targets out of range become inf
                 y[into] = shard.y.rows(first, first + count)
             row += count
         return x, y
 
     def locate(self, row: int) -> tuple[Shard, int]:
-        """The shard that holds ``row``, and the row's number within it."""
+        """The shard that contains ``row``, and the number of the row in that shard."""
         shard = self.shards[bisect_right(self.shards, row, key=lambda shard: shard.stop)]
         return shard, row - shard.start
 
 
 def open_shards(folder: str | Path, on_bad: str = "skip") -> ShardedSource:
-    """Checks every shard's headers and sizes against meta.json; reads no data.
+    """Checks the headers and sizes of all shards against meta.json; reads no data.
 
     Args:
-      folder: as ``shard_writer.write_shards`` writes it.
-      on_bad: ``"skip"`` leaves broken shards out and lists them in ``left_out``; ``"refuse"``
-        raises on the first. ``BatchStream`` treats bad records alike.
+      folder: a folder that ``shard_writer.write_shards`` has written.
+      on_bad: ``"skip"`` skips damaged shards and lists them in ``skipped``; ``"refuse"`` raises
+        an error at the first. ``BatchStream`` treats bad records in the same way.
 
     Raises:
-      UserError: if meta.json is missing or wrong, if no shard is good, or on refusal.
+      UserError: if meta.json is missing or wrong, if no shard is good, or if a shard is refused.
     """
     if on_bad not in ("skip", "refuse"):
         raise UserError(f"on_bad must be 'skip' or 'refuse', got {on_bad!r}")
@@ -144,7 +144,7 @@ def _read_meta(path: Path) -> Meta:
 
 
 def _find_shards(folder: Path) -> tuple[list[str], list[str]]:
-    """The numbers in use, in order, and one line for each gap between them."""
+    """The numbers of the shards, in order, and one line for each gap between them."""
     matches = (re.fullmatch(r"[xy]-([0-9]{5,9})\.npy", name) for name in os.listdir(folder))
     names = sorted({match[1] for match in matches if match}, key=int)
     pairs = pairwise([-1, *map(int, names)])
@@ -172,14 +172,15 @@ def check_targets(name: object, shape: tuple[int, ...], dtype: np.dtype, classes
 
 
 def _read_header(path: Path) -> Array:
-    """Reads the header and nothing else, so that a lying one costs no memory."""
+    """Reads only the header, so that a wrong one costs no memory."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            if np.lib.format.read_magic(file) != (1, 0):  # others read as much as the file says
+            # Only this version: in others, the file decides how much is read.
+            if np.lib.format.read_magic(file) != (1, 0):
                 raise UserError(f"{path}: need .npy format 1.0, which np.save writes")
-            # numpy limits headers to 10,000 bytes, but to parse a damaged one of 9,000 takes 50 MB
+            # numpy allows headers of 10,000 bytes, but parsing a damaged one of 9,000 takes 50 MB
             shape, by_column, dtype = np.lib.format.read_array_header_1_0(file, 1024)
             offset, size = file.tell(), os.fstat(file.fileno()).st_size
         expected = math.prod(shape) * dtype.itemsize
@@ -192,7 +193,7 @@ def _read_header(path: Path) -> Array:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception:  # numpy hands the header to Python's parser, which raises anything
+    except Exception:  # numpy uses Python's parser for the header, which raises many kinds
         raise UserError(f"{path}: not a .npy file, or its header is damaged") from None
     if by_column and len(shape) > 1:
         raise UserError(f"{path}: stored by columns, need rows (np.ascontiguousarray)")

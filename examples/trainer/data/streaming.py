@@ -1,4 +1,4 @@
-"""Batches from shards on disk, through grain: shuffled, prefetched, checked and resumable."""
+"""Batches from shards on disk, read with grain: shuffled, prefetched, checked and resumable."""
 
 import zlib
 from collections import Counter
@@ -10,15 +10,13 @@ import numpy as np
 from absl import logging
 
 from examples.trainer.cluster import processes
-from examples.trainer.data.shard_writer import write_shards as write_shards
-from examples.trainer.data.shards import ShardedSource as ShardedSource
-from examples.trainer.data.shards import open_shards as open_shards
+from examples.trainer.data.shards import ShardedSource
 from examples.trainer.errors import UserError
 
 
 @contextmanager
 def _without(message: str) -> Iterator[None]:
-    """What is logged about that here goes nowhere."""
+    """Drops log records that contain ``message``."""
     logger, other = logging.get_absl_logger(), lambda record: message not in record.getMessage()
     logger.addFilter(other)
     try:
@@ -27,31 +25,31 @@ def _without(message: str) -> Iterator[None]:
         logger.removeFilter(other)
 
 
-with _without("multiprocess worker profiling"):  # on each import with jaxlib older than 0.11
+with _without("multiprocess worker profiling"):  # logged on import, with jaxlib < 0.11
     import grain
 
 _IDENTITY = ("seed", "batch_size", "rows", "shards")
 
 
 class BatchStream(Iterator[dict[str, np.ndarray]]):
-    """An endless stream of batches of equal shape; every row comes once in each epoch.
+    """An endless stream of batches of equal shape; each epoch contains every row once.
 
-    A batch is ``batch_size`` consecutive rows of the data set, whichever shards they lie in:
-    ``x`` ``[batch, ...]`` as on disk, ``y`` ``[batch]`` int32 labels or float32 targets and
-    ``weight`` ``[batch]`` float32, 0 for a bad record (its row is zeroed) and 1 for a good one.
-    Batches, not rows, are shuffled, anew in each epoch: rows that are sorted on disk must be
-    shuffled before they are written. The last ``rows % batch_size`` rows are never used.
+    A batch is ``batch_size`` consecutive rows of the data set, from one or more shards:
+    ``x`` ``[batch, ...]`` as on disk, ``y`` ``[batch]`` int32 labels or float32 targets, and
+    ``weight`` ``[batch]`` float32, 0 for a bad record (its row is set to zero) and 1 for a good
+    one. Each epoch shuffles the batches, not the rows: rows that are sorted must be shuffled before
+    they are written. The last ``rows % batch_size`` rows are never used.
 
-    Several processes read the same batches together, each its share of consecutive rows; all must
-    call each method alike.
+    Several processes can read the same batches together, each a share of consecutive rows. All of
+    them must then make the same calls.
 
     Args:
-      source: from ``open_shards``; its ``on_bad`` says what becomes of bad records.
+      source: from ``open_shards``; its ``on_bad`` decides what happens to bad records.
       batch_size: rows in a batch.
-      seed: of the order of the batches, 0 to 2**32 - 1.
-      num_threads: that read ahead in the background.
-      prefetch: batches read ahead; 0 reads in the calling thread.
-      share: (number, count): this process reads part ``number`` of ``count`` equal ones.
+      seed: determines the order of the batches, 0 to 2**32 - 1.
+      num_threads: threads that read ahead in the background, at least 1.
+      prefetch: batches to read ahead; 0 reads in the calling thread.
+      share: (number, count): this process reads part ``number`` of ``count`` equal parts.
     """
 
     def __init__(
@@ -74,8 +72,8 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
         whole = source.meta.rows - source.rows if share[0] == 0 else 0
         self._first = share[0] == 0
         self._bad = Counter(nan=0, label=0, shard=whole)  # of this process
-        # .seed(seed).shuffle() and not .shuffle(seed): that adds the epoch to the seed, and
-        # the second epoch of seed 0 would be the first of seed 1.
+        # .seed(seed).shuffle() instead of .shuffle(seed), which adds the epoch to the seed: the
+        # second epoch of seed 0 would be the first of seed 1.
         blocks = (
             grain.MapDataset.source(_Blocks(source, batch_size, share))
             .seed(seed)
@@ -88,30 +86,30 @@ class BatchStream(Iterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         before = self._reader.get_state()
         batch, found, problem = next(self._reader)
-        if problem:  # stay before it: a checkpoint saved now must not step over it
+        if problem:  # a checkpoint that is saved now must not skip this batch
             self._reader.set_state(before)
             raise UserError(problem)
-        if self._batches < self.steps_per_epoch:  # later epochs meet the same records again
+        if self._batches < self.steps_per_epoch:  # later epochs read the same records again
             self._bad.update(found)
         self._batches += 1
         return batch
 
     @property
     def bad_records(self) -> dict[str, int]:
-        """Rows found bad so far, each counted once: nan, label, and those of broken shards."""
+        """Bad rows so far, each counted once: "nan", "label" and "shard" (in damaged shards)."""
         return processes.sum_over_all(dict(self._bad))
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch handed out, as plain JSON values."""
+        """The position after the last batch that was handed out, as plain JSON values."""
         state = {"batches": self._batches, "bad": self.bad_records}
         return {**self._identity, **state, "reader": dict(self._reader.get_state())}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where ``get_state`` was called; UserError if the data or options differ."""
+        """Returns to where ``get_state`` was called; UserError if the data or options differ."""
         for field, ours in self._identity.items():
             if state.get(field) != ours:
                 raise UserError(
-                    f"the checkpoint's data position is of {field} {state.get(field)}, this run "
+                    f"the checkpoint's data position is for {field} {state.get(field)}, this run "
                     f"has {ours}; use the same data and options, or a new workdir"
                 )
         self._reader.set_state(state["reader"])
@@ -137,7 +135,7 @@ def _check_options(
 
 
 class _Blocks:
-    """The data set as a sequence of batches, or shares, which grain shuffles and reads."""
+    """The data set as a sequence of batches, or shares of batches, for grain."""
 
     def __init__(self, source: ShardedSource, batch_size: int, share: tuple[int, int]):
         self._source, self._size = source, batch_size
@@ -148,9 +146,9 @@ class _Blocks:
         return self._source.rows // self._size
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, int], str]:
-        """A batch, its bad records by kind, and what to refuse it for.
+        """A batch, its bad records by kind, and the reason to refuse it.
 
-        The last is returned, not raised: grain's position is wrong by one after an exception.
+        The reason is returned, not raised: grain's position is off by one after an exception.
         """
         start = index * self._size + self._offset
         try:
@@ -172,7 +170,7 @@ class _Blocks:
 def describe_first_bad(
     source: ShardedSource, start: int, y: np.ndarray, nan: np.ndarray, label: np.ndarray
 ) -> str:
-    """Where the first bad one of the rows from ``start`` on is, and what is wrong with it."""
+    """Where the first bad row from ``start`` on is, and what is wrong with it."""
     position = int((nan | label).argmax())
     shard, row = source.locate(start + position)
     if nan[position]:
@@ -182,7 +180,7 @@ def describe_first_bad(
 
 
 def find_bad(x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows are not finite, and which others have a label out of range."""
+    """Two masks: rows that are not finite, and other rows with a label out of range."""
     finite = np.isfinite(y)
     if x.dtype.kind == "f":
         finite &= np.isfinite(x).all(axis=tuple(range(1, x.ndim)))

@@ -13,9 +13,16 @@ from examples.trainer.errors import UserError
 from examples.trainer.options.command_line import parse_flags, refuse_without_effect
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "File with the config of the run.", values, lock_config=True
+    )
+    flags.mark_flags_as_required(["config"], values)
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
-        sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
+        sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options start with --")
     try:
         refuse_without_effect("examples.trainer.diloco")
         table(flags.FLAGS.config)
@@ -24,6 +31,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "File with the run's config.", lock_config=True)
-    flags.mark_flags_as_required(["config"])
+    define_flags(flags.FLAGS)
     app.run(main, flags_parser=parse_flags)

@@ -1,9 +1,9 @@
-"""DiLoCo: eight workers that meet every H steps, beside NAG that averages every gradient.
+"""DiLoCo, with workers that average every H steps, compared with NAG that averages every gradient.
 
     python -m examples.trainer.diloco --config=configs/diloco.py
 
-Each worker trains on a part of the data of its own. All runs see the same batches; what differs is
-how often the workers communicate: one mean of a params-sized tree every H steps.
+Each worker trains on its own part of the data. All runs use the same batches; they differ in how
+often the workers communicate: one mean of a tree of the size of params every H steps.
 """
 
 import math
@@ -16,58 +16,60 @@ import optax
 from jax.sharding import AxisType, PartitionSpec
 
 import nag_jax
-from examples.trainer import optimizer
 from examples.trainer.compiling import jit
 from examples.trainer.data import datasets
-from examples.trainer.diloco.check import check, check_sizes, check_task
-from examples.trainer.loop import steps
-from examples.trainer.tasks import tasks
+from examples.trainer.diloco.check import check_sizes, check_task, check_workers
+from examples.trainer.loop.evaluation import evaluation_params, make_evaluate
+from examples.trainer.optimizer import make_optimizer
+from examples.trainer.tasks.choose import make_task
+from examples.trainer.tasks.task import Batch, Task
 
 AXIS = "workers"
 
 
 class Row(NamedTuple):
-    """One line of the table; losses are of the whole test set, in nats per character."""
+    """One line of the table; losses are those of the whole test set, in nats per character."""
 
     method: str
-    every: int  # steps between two means: H
-    learning_rate: float  # peak, of the inner steps; NaN: nag_auto finds its own
+    every: int  # H, the steps between two means
+    learning_rate: float  # peak, of the inner steps; NaN for nag_auto, which finds it
     loss: float  # at eval_params
-    loss_at_params: float  # after the last outer step: at the slow copy
-    bytes_per_step: float  # that each worker puts into a mean
+    loss_at_params: float  # at the slow copy, after the last outer step
+    bytes_per_step: float  # that each worker sends
 
 
 def over_workers(function: Callable, mode: str, workers: int) -> Callable:
-    """``function`` of one worker on stacks with a row for each; its mean over AXIS is over them."""
+    """Maps ``function`` of one worker over stacks with a row per worker, along AXIS."""
     if mode == "vmap":
         return jax.vmap(function, axis_name=AXIS)
     mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(AxisType.Auto,))
     row, rows = (lambda x: x[0]), (lambda x: x[None])
     one = lambda *stacks: jax.tree.map(rows, function(*jax.tree.map(row, stacks)))
-    # Unchecked: the GRU's first state is the same for all workers, the others are not.
+    # Unchecked, because the GRU's first state is the same for all workers and later ones are not.
     spec = PartitionSpec(AXIS)
     return jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def make_rounds(
-    task: tasks.Task, transformation: optax.GradientTransformationExtraArgs, synchronous: bool
+    task: Task, transformation: optax.GradientTransformationExtraArgs, synchronous: bool
 ) -> Callable:
     """``(params, opt_state, samples, order) -> (params, opt_state)`` of one worker.
 
     ``order``, int32 ``[rounds, H, batch]``, are positions in the worker's own samples.
     """
 
-    def step(carry: Any, batch: steps.Batch, sync: bool) -> Any:
+    def step(carry: Any, batch: Batch, sync: bool) -> Any:
         params, opt_state = carry
         gradient, (_, sums) = jax.grad(task.losses, has_aux=True)(params, task.rest, batch)
         gradient = jax.tree.map(lambda g: g / sums["samples"], gradient)
         if synchronous:
             gradient = jax.lax.pmean(gradient, AXIS)
-        # Known when compiled: so the loop over inner steps has no mean in it, not even a branch.
+        # ``sync`` is known at compile time, so the loop over inner steps contains no mean and no
+        # branch.
         updates, opt_state = transformation.update(gradient, opt_state, params, sync=sync)
         return optax.apply_updates(params, updates), opt_state
 
-    def rounds(params: Any, opt_state: Any, samples: steps.Batch, order: jax.Array) -> Any:
+    def rounds(params: Any, opt_state: Any, samples: Batch, order: jax.Array) -> Any:
         take = lambda indices: jax.tree.map(lambda x: x[indices], samples)
 
         def one(carry: Any, order: jax.Array) -> tuple[Any, None]:
@@ -81,8 +83,8 @@ def make_rounds(
 
 
 def run(config: Any, dataset: datasets.Dataset, every: int, learning_rate: float) -> Row:
-    """Trains with an outer step after each ``every`` steps; 0: fully synchronous."""
-    check(config)
+    """Trains with an outer step after every ``every`` steps; 0 is fully synchronous."""
+    check_workers(config)
     check_sizes(config, dataset)
     local, synchronous = config.local, every == 0
     workers, every = local.workers, max(every, 1)
@@ -91,13 +93,13 @@ def run(config: Any, dataset: datasets.Dataset, every: int, learning_rate: float
     samples = jax.tree.map(parts, dataset.train)
     order = batches(config, share)
 
-    task, transformation = make(config, dataset, learning_rate, order.shape[1])
+    task, transformation = make_worker(config, dataset, learning_rate, order.shape[1])
     if not synchronous:
         outside = dict(learning_rate=local.outer_learning_rate, momentum=local.outer_momentum)
         transformation = nag_jax.diloco(transformation, AXIS, every=every, **outside)
 
-    alike = lambda x: jax.numpy.stack([x] * workers)
-    state = jax.tree.map(alike, (task.params, transformation.init(task.params)))
+    copies = lambda x: jax.numpy.stack([x] * workers)
+    state = jax.tree.map(copies, (task.params, transformation.init(task.params)))
     rounds = make_rounds(task, transformation, synchronous)
     advance = jit(
         over_workers(rounds, local.mode, workers), config.cpu_fusions, donate_argnums=(0, 1)
@@ -108,7 +110,7 @@ def run(config: Any, dataset: datasets.Dataset, every: int, learning_rate: float
         state = advance(*state, samples, part.reshape(workers, -1, every, part.shape[-1]))
 
     params, opt_state = jax.tree.map(lambda x: x[0], jax.device_get(state))
-    evaluate = steps.make_evaluate(task, config.eval_batch_size)
+    evaluate = make_evaluate(task, config.eval_batch_size)
     test = jax.device_put(dataset.test)
     name = "NAG" if config.optimizer.name == "nag" else config.optimizer.name
     sums = lambda params: jax.device_get(evaluate(params, task.rest, test))
@@ -117,29 +119,29 @@ def run(config: Any, dataset: datasets.Dataset, every: int, learning_rate: float
         method=f"synchronous {name}" if synchronous else "DiLoCo",
         every=every,
         learning_rate=math.nan if name == "nag_auto" else learning_rate,
-        loss=loss(steps.evaluation_params(params, opt_state)),
+        loss=loss(evaluation_params(params, opt_state)),
         loss_at_params=loss(params),
         bytes_per_step=sum(4 * x.size for x in jax.tree.leaves(params)) / every,
     )
 
 
-def make(
+def make_worker(
     config: Any, dataset: datasets.Dataset, learning_rate: float, total_steps: int
-) -> tuple[tasks.Task, optax.GradientTransformationExtraArgs]:
-    """What is learned, and the inner optimizer."""
+) -> tuple[Task, optax.GradientTransformationExtraArgs]:
+    """The task and the inner optimizer of a worker."""
     config = config.copy_and_resolve_references()
     config.learning_rate = learning_rate
-    task = tasks.make(config, dataset, jax.random.key(config.seed))
+    task = make_task(config, dataset, jax.random.key(config.seed))
     check_task(config, task)
     per_epoch = len(dataset.train["x"]) // config.local.workers * config.local.workers
-    inner = optimizer.make(config, per_epoch // config.batch_size, total_steps)
+    inner = make_optimizer(config, per_epoch // config.batch_size, total_steps)
     return task, inner.transformation
 
 
 def batches(config: Any, share: int) -> np.ndarray:
     """int32 ``[workers, steps, batch]``: epochs of each worker over its own samples.
 
-    The same in all runs: as many steps as the largest H divides.
+    All runs make the same number of steps, a multiple of the largest H.
     """
     workers, size = config.local.workers, config.batch_size // config.local.workers
     per_epoch = share // size
@@ -152,11 +154,11 @@ def batches(config: Any, share: int) -> np.ndarray:
 
 
 def table(config: Any) -> list[Row]:
-    """The synchronous run, then one for each H; each is printed as it ends."""
-    check(config)
+    """Runs synchronously and then with each H; prints each row when it is finished."""
+    check_workers(config)
     dataset, local = datasets.load(config), config.local
     check_sizes(config, dataset)
-    make(config, dataset, config.learning_rate, 1)  # mistakes come before the first line
+    make_worker(config, dataset, config.learning_rate, 1)  # errors come before the first line
     print(f"{'method':22} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
     rows = []
     for every in (0, *local.every):

@@ -10,12 +10,11 @@ from examples.trainer.cluster import processes
 from examples.trainer.cluster.layout import Layout
 from examples.trainer.compiling import jit
 from examples.trainer.data.datasets import Dataset
+from examples.trainer.data.shards import ShardedSource, open_shards
 from examples.trainer.data.streaming import (
     BatchStream,
-    ShardedSource,
     describe_first_bad,
     find_bad,
-    open_shards,
 )
 from examples.trainer.errors import UserError, expand
 from examples.trainer.loop import steps
@@ -24,7 +23,7 @@ _PROBE_BATCHES = 20  # enough for the statistics of pixels and of BatchNorm
 
 
 class MemoryFeed:
-    """Samples that live on the device; the order of each epoch follows from the key alone."""
+    """Samples kept on the devices; the order in an epoch depends only on the key of the state."""
 
     def __init__(self, config: Any, dataset: Dataset, layout: Layout):
         self.samples = layout.put_whole(dataset.train)
@@ -35,7 +34,8 @@ class MemoryFeed:
                 f"of {config.dataset}"
             )
         self.steps_per_epoch = count // config.batch_size
-        self.stride = None if config.scan else 1  # updates between two looks at the clock
+        # Updates in one compiled program; None: all up to the next stop, in one scan.
+        self.stride = None if config.scan else 1
         self._count, self._batch_size = count, config.batch_size
         self._fusions = config.cpu_fusions
         self._epoch = -1
@@ -46,14 +46,14 @@ class MemoryFeed:
         self._run = steps.make_run(update, *shape, self._fusions)
 
     def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
-        """The state after n updates, all of the epoch of ``step``."""
+        """The state after n updates, all of them in the epoch of ``step``."""
         if step // self.steps_per_epoch != self._epoch:
             self._epoch = step // self.steps_per_epoch
             self._order = steps.epoch_order(state.key, self._epoch, self._count)
         return self._run(state, self.samples, self._order, n)
 
     def get_state(self) -> None:
-        """Nothing: the position is the state's step."""
+        """Nothing: the position follows from the state's step."""
 
     def set_state(self, state: None) -> None:
         """Nothing to set."""
@@ -68,7 +68,7 @@ class MemoryFeed:
 class StreamFeed:
     """Batches from the shards in ``data_dir/train``, read ahead in the background.
 
-    Each of several processes reads its share of every batch.
+    If several processes train together, each reads its share of every batch.
     """
 
     stride = 1
@@ -76,8 +76,8 @@ class StreamFeed:
     def __init__(
         self, config: Any, source: ShardedSource, probe: dict[str, np.ndarray], layout: Layout
     ):
-        for problem in source.left_out:
-            processes.say(f"left out: {problem}")
+        for problem in source.skipped:
+            processes.say(f"skipped: {problem}")
         self.samples, self._layout = layout.put_whole(probe), layout
         share = jax.process_index(), jax.process_count()
         self._fusions = config.cpu_fusions
@@ -105,12 +105,15 @@ class StreamFeed:
         self._stream.close()
 
 
+Feed = MemoryFeed | StreamFeed
+
+
 def open_stream(config: Any) -> tuple[Dataset, ShardedSource]:
-    """Training shards in ``data_dir/train``; those in ``data_dir/test`` are read into memory."""
+    """Opens the shards in ``data_dir/train`` and reads those in ``data_dir/test`` into memory."""
     if not config.data_dir:
         raise UserError(
             "config.dataset=shards needs --config.data_dir=FOLDER, with FOLDER/train and "
-            "FOLDER/test as examples.trainer.data.shard_writer.write_shards writes them"
+            "FOLDER/test written by examples.trainer.data.shard_writer.write_shards"
         )
     folder = expand(config.data_dir)
     source = open_shards(folder / "train", config.on_bad)
@@ -123,8 +126,8 @@ def open_stream(config: Any) -> tuple[Dataset, ShardedSource]:
         )
     probe, _ = _arrays(source, min(_PROBE_BATCHES * config.batch_size, source.rows))
     held_out, bad = _arrays(test, test.rows)
-    for problem in (*test.left_out, *([f"{folder / 'test'}: {bad} bad records"] if bad else [])):
-        processes.say(f"left out: {problem}")
+    for problem in (*test.skipped, *([f"{folder / 'test'}: {bad} bad records"] if bad else [])):
+        processes.say(f"skipped: {problem}")
     names = tuple(str(label) for label in range(source.meta.classes))
     pixels = probe["x"].astype(np.float64)
     mean, std = float(pixels.mean()), max(float(pixels.std()), 1e-6)
@@ -132,7 +135,7 @@ def open_stream(config: Any) -> tuple[Dataset, ShardedSource]:
 
 
 def _arrays(source: ShardedSource, rows: int) -> tuple[dict[str, np.ndarray], int]:
-    """The first rows in memory without bad records, and how many of these there are."""
+    """The first rows without their bad records, and the number of bad records."""
     x, y = source.read(0, rows)
     nan, label = find_bad(x, y, source.meta.classes)
     good = ~(nan | label)
@@ -140,6 +143,6 @@ def _arrays(source: ShardedSource, rows: int) -> tuple[dict[str, np.ndarray], in
         raise UserError(describe_first_bad(source, 0, y, nan, label))
     if not good.any():
         folder = source.shards[0].x.path.parent
-        raise UserError(f"{folder}: none of the first {rows} rows is good")
+        raise UserError(f"{folder}: all of the first {rows} rows are bad")
     target = np.int32 if source.meta.classes else np.float32
     return {"x": x[good], "y": y[good].astype(target)}, int(rows - good.sum())

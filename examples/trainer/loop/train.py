@@ -1,157 +1,148 @@
-"""Trains a Flax model: ``python -m examples.trainer --config=CONFIG --workdir=FOLDER``.
+"""The training loop.
 
-The same command again goes on from the newest checkpoint, to the same numbers bit for bit.
+Running the same command again resumes from the newest checkpoint; the results are bit for bit those
+of an uninterrupted run.
 """
 
 import contextlib
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from examples.trainer import optimizer
 from examples.trainer.cluster import processes
-from examples.trainer.cluster.layout import Layout
 from examples.trainer.cluster.signals import StopRequest
-from examples.trainer.data import datasets
-from examples.trainer.errors import UserError, expand
-from examples.trainer.loop import feeds, lr_finder, steps, stopping
-from examples.trainer.options.values import check
-from examples.trainer.run import plots
-from examples.trainer.run.reporting import Reporter, Row, describe
+from examples.trainer.errors import expand
+from examples.trainer.loop import steps, stopping
+from examples.trainer.loop.evaluation import Evaluation
+from examples.trainer.loop.feeds import Feed
+from examples.trainer.loop.setup import Setup, set_up
+from examples.trainer.options.values import check_config
+from examples.trainer.run.reporting import Reporter, Row, format_row
 from examples.trainer.run.saving import Saver
+from examples.trainer.run.state import TrainState
 from examples.trainer.run.workdir import claim, write_config
-from examples.trainer.tasks import tasks
 
 
 class Interrupted(Exception):
-    """Raised after a signal, when everything is saved."""
-
-
-class Setup(NamedTuple):
-    """What a config describes, before the first update."""
-
-    task: tasks.Task
-    feed: feeds.MemoryFeed | feeds.StreamFeed
-    test: steps.Batch  # whole on every device
-    optimizer: optimizer.Optimizer
-    state: steps.TrainState
-    total: int  # updates in all
-    layout: Layout
-    fingerprint: int  # of the data; of a stream, of what is read before it starts
-
-
-def set_up(config: Any) -> Setup:
-    """Reads the data and makes model, optimizer and state on all devices."""
-    layout = Layout(config.devices)
-    if config.dataset == "shards":
-        dataset, source = feeds.open_stream(config)
-        feed = feeds.StreamFeed(config, source, dataset.train, layout)
-    else:
-        dataset = datasets.load(config)
-        feed = feeds.MemoryFeed(config, dataset, layout)
-    total = config.num_epochs * feed.steps_per_epoch
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    task = tasks.make(config, dataset, init_key)
-    maker = optimizer.make(config, feed.steps_per_epoch, total)
-    state = steps.initial_state(task, maker.transformation, run_key, feed.samples)
-    test = layout.put_whole(dataset.test)
-    fingerprint = datasets.fingerprint(dataset)
-    if not processes.all_have(fingerprint):
-        raise UserError(
-            f"the processes found different data for config.dataset={config.dataset}; give all of "
-            "them the same files"
-        )
-    return Setup(task, feed, test, maker, layout.put_whole(state), total, layout, fingerprint)
+    """Raised after a signal, once everything is saved."""
 
 
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
-    """Trains as ``config`` says and returns the rows of ``metrics.jsonl``.
+    """Trains as ``config`` describes and returns the rows of ``metrics.jsonl``.
 
     ``workdir`` gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, at the end,
-    plots. A run that is finished there is not repeated; an interrupted one goes on. Several
-    processes call it alike, with one ``workdir`` that all of them reach.
+    plots. A finished run is not repeated; an interrupted one resumes. If several processes train
+    together, each of them calls this with the same config and a ``workdir`` that all can reach.
     """
-    check(config)
+    check_config(config)
     workdir = expand(workdir)
-    task, feed, test, maker, state, total, layout, fingerprint = set_up(config)
-    steps_per_epoch = feed.steps_per_epoch
-
+    setup = set_up(config)
+    task, feed, total = setup.task, setup.feed, setup.total
     claim(workdir, config)
-    saver = Saver(workdir, config, task, fingerprint)
-    history: list[Row] = []
-    over = ""  # why it ended early
-    if restored := saver.restore(state):
-        state, history = restored.state, restored.meta["history"]
-        feed.set_state(restored.meta["data"])
-        over = stopping.reason_to_end(config, task, history)
-        drawn = (workdir / "curves.png").exists()  # the last thing
-        if drawn and (over or restored.step == total):
-            processes.say(f"{workdir}: finished before; {describe(history[-1])}")
-            return history
-        processes.say(f"{workdir}: going on from step {restored.step}")
+    saver = Saver(workdir, config, task, setup.fingerprint)
+    state, history = resume(setup, saver)
+    step = int(state.step)
+    ended = stopping.reason_to_end(config, task, history)
+    if is_complete(workdir) and (ended or step == total):
+        processes.say(f"{workdir}: already finished; {format_row(history[-1])}")
+        return history
+
     saver.begin()
     write_config(workdir, config)
-
-    feed.compile(steps.make_update(task, maker.transformation, config.accumulate, layout.constrain))
-    evaluate = steps.make_evaluate(task, config.eval_batch_size)
-    refresh = steps.make_refresh(task, config.batch_size)
+    compile_update(config, setup)
+    evaluation = Evaluation(config, workdir, setup)
     reporter = Reporter(workdir, task, history, total, config.tensorboard)
-    stop, step = StopRequest(), int(state.step)
-    scale = stopping.learning_rate_scale(config, task, history)
-
-    with contextlib.ExitStack() as finally_do:  # all of it, the last first, whatever fails
-        finally_do.callback(stop.restore)
-        finally_do.push(saver.wait_unless_in_a_hurry)
-        finally_do.callback(reporter.close)
-        finally_do.callback(feed.close)
-        saver.save_best(step, state, reporter)  # killed between a checkpoint and its copy
-        while step < total and not over:
-            end, halting = next_stop(config, step, steps_per_epoch, total), stop.requested()
-            while step < end and not halting:
-                n = feed.stride or end - step
-                state = feed.advance(state, step, n)
-                step += n
-                halting = stop.requested()
+    stop = StopRequest()
+    with clean_up(stop, saver, reporter, feed):
+        saver.save_best(step, state, reporter)  # if the run was killed just before it did so
+        while step < total and not ended:
+            end = next_stop(config, step, feed.steps_per_epoch, total)
+            state, step, halting = advance(feed, state, step, end, stop)
             reporter.advance(step, config.batch_size)
-            now = due(config, step, steps_per_epoch, total) if step == end else Due()
+            now = due(config, step, feed.steps_per_epoch, total) if step == end else Due()
             if now.row:
-                row = {"step": step, "epoch": step / steps_per_epoch}
-                row |= maker.hyperparameters(state.opt_state, step - 1, scale) | feed.counters()
-                sums, zeros = (
-                    {"train_": state.sums},
-                    {k: np.zeros(v.shape, v.dtype) for k, v in state.sums.items()},
-                )
-                state = state._replace(sums=layout.put_whole(zeros))
-                if now.evaluation:
-                    params = evaluation_params(state)
-                    rest = refresh(params, feed.samples)
-                    sums["test_"] = evaluate(params, rest, test)
-                    sums["params_"] = evaluate(state.params, state.rest, test)
-                    epoch = round(step / steps_per_epoch)
-                    plots.save_progress(workdir, task, params, rest, epoch)
-                reporter.add(row, sums)
+                results = evaluation.run(state, step) if now.evaluation else {}
+                row = new_row(config, setup, step, state, reporter.history)
+                reporter.add(row, {"train_": state.sums} | results)
+                state = clear_sums(setup, state)
             if now.evaluation:
                 saver.save_best(step, state, reporter)
-                if stopping.is_wanted(config):
-                    reporter.flush()  # waits for the device
-                    scale = stopping.learning_rate_scale(config, task, reporter.history)
-                    state = stopping.with_scale(config, state, scale)
-                    over = stopping.reason_to_end(config, task, reporter.history)
-            if halting or now.checkpoint or over:
+                state, ended = stopping.react(config, task, state, reporter)
+            if halting or now.checkpoint or ended:
                 saver.save(step, state, reporter, feed.get_state())
-            if halting and step < total and not over:
+            if halting and step < total and not ended:
                 saver.wait()
                 raise Interrupted(f"stopped at step {step} of {total}")
-        if over:
-            processes.say(f"ended at step {step} of {total}: {over}")
-        saver.wait()
-        params = evaluation_params(state)
-        plots.save_results(workdir, task, params, refresh(params, feed.samples), test)
-        reporter.finish()
-        processes.wait_for_all("finished")
+        if ended:
+            processes.say(f"ended at step {step} of {total}: {ended}")
+        finish(state, saver, evaluation, reporter)
     return reporter.history
+
+
+def resume(setup: Setup, saver: Saver) -> tuple[TrainState, list[Row]]:
+    """The state and the rows of the newest checkpoint; those of a new run if there is none."""
+    restored = saver.find_checkpoint(setup.state)
+    if restored is None:
+        return setup.state, []
+    setup.feed.set_state(restored.meta["data"])
+    return restored.state, restored.meta["history"]
+
+
+def is_complete(workdir: Path) -> bool:
+    """Whether a run has written everything, down to the plot that it draws last."""
+    return (workdir / "curves.png").exists()
+
+
+def compile_update(config: Any, setup: Setup) -> None:
+    update = steps.make_update(
+        setup.task, setup.optimizer.transformation, config.accumulate, setup.layout.constrain
+    )
+    setup.feed.compile(update)
+
+
+def clean_up(
+    stop: StopRequest, saver: Saver, reporter: Reporter, feed: Feed
+) -> contextlib.ExitStack:
+    """Whatever fails: ends the feed's threads, the log, the writing, and the signal handlers."""
+    stack = contextlib.ExitStack()  # runs the last of these first
+    stack.callback(stop.uninstall)
+    stack.push(saver.wait_unless_in_a_hurry)
+    stack.callback(reporter.close)
+    stack.callback(feed.close)
+    return stack
+
+
+def advance(
+    feed: Feed, state: TrainState, step: int, end: int, stop: StopRequest
+) -> tuple[TrainState, int, bool]:
+    """Updates until step ``end`` or a request to stop: the state, its step, whether to stop."""
+    halting = stop.requested()
+    while step < end and not halting:
+        n = feed.stride or end - step
+        state, step = feed.advance(state, step, n), step + n
+        halting = stop.requested()
+    return state, step, halting
+
+
+def finish(state: TrainState, saver: Saver, evaluation: Evaluation, reporter: Reporter) -> None:
+    """Completes the folder: plots come last, once everything else is on disk."""
+    saver.wait()
+    evaluation.save_results(state)
+    reporter.finish()
+    processes.wait_for_all("finished")
+
+
+def next_stop(config: Any, step: int, steps_per_epoch: int, total: int) -> int:
+    """The next step at which something is logged, evaluated or saved.
+
+    These steps do not depend on where a run was interrupted. A resumed run therefore executes the
+    same compiled programs, and gets the same numbers.
+    """
+    after = lambda period: (step // period + 1) * period
+    periods = [steps_per_epoch, config.log_every, config.checkpoint_every]
+    return min(total, *(after(period) for period in periods if period))
 
 
 class Due(NamedTuple):
@@ -163,33 +154,24 @@ class Due(NamedTuple):
 
 
 def due(config: Any, step: int, steps_per_epoch: int, total: int) -> Due:
-    epoch, rest = divmod(step, steps_per_epoch)
-    evaluation = step == total or (rest == 0 and epoch % config.eval_every == 0)
+    epoch, within = divmod(step, steps_per_epoch)
+    evaluation = step == total or (within == 0 and epoch % config.eval_every == 0)
     row = evaluation or (config.log_every > 0 and step % config.log_every == 0)
     every = config.checkpoint_every or steps_per_epoch
     return Due(row, evaluation, step == total or step % every == 0)
 
 
-def find_learning_rate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
-    """In place of training; see :mod:`examples.trainer.loop.lr_finder`."""
-    check(config)
-    workdir = expand(workdir)
-    setup = set_up(config)
-    claim(workdir, config)
-    return lr_finder.find(config, workdir, setup)
+def new_row(
+    config: Any, setup: Setup, step: int, state: TrainState, history: list[Row]
+) -> dict[str, Any]:
+    """The position and the hyperparameters of the update that led here, without metrics."""
+    scale = stopping.learning_rate_scale(config, setup.task, history)
+    row = {"step": step, "epoch": step / setup.feed.steps_per_epoch}
+    row |= setup.optimizer.hyperparameters(state.opt_state, step - 1, scale)
+    return row | setup.feed.counters()
 
 
-def evaluation_params(state: steps.TrainState) -> Any:
-    """The iterate of NAG; other optimizers keep it as their params."""
-    return steps.evaluation_params(state.params, state.opt_state)
-
-
-def next_stop(config: Any, step: int, steps_per_epoch: int, total: int) -> int:
-    """The next step where something is logged, evaluated or saved.
-
-    Always on the same grid, however often a run was interrupted: so the compiled programs are the
-    same, and the numbers with them.
-    """
-    after = lambda period: (step // period + 1) * period
-    periods = [steps_per_epoch, config.log_every, config.checkpoint_every]
-    return min(total, *(after(period) for period in periods if period))
+def clear_sums(setup: Setup, state: TrainState) -> TrainState:
+    """Starts new sums of metrics; the log still holds the old ones."""
+    zeros = {name: np.zeros(x.shape, x.dtype) for name, x in state.sums.items()}
+    return state._replace(sums=setup.layout.put_whole(zeros))

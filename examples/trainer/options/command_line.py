@@ -1,4 +1,4 @@
-"""The options of the examples: every mistake in them is told in one line."""
+"""Parses the command line; reports every mistake in one line."""
 
 import ast
 import contextlib
@@ -16,29 +16,29 @@ from examples.trainer.options import effects
 from examples.trainer.options.fields import differing, flatten
 
 _SHIPPED = Path(__file__).parents[3] / "configs"
-# By name, as users put files of their own beside them.
+# Listed by name, because users may add their own files to that folder.
 _RECIPES = "default", "cnn", "diloco", "gan", "linear", "mlp", "regression", "resnet", "rnn"
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
-    """absl's parser, with one line instead of a traceback."""
+    """Parses with absl; exits with one line instead of a traceback."""
     logging.set_verbosity(logging.WARNING)
     try:
         rest = flags.FLAGS([with_home(argument) for argument in arguments])
-        flags.FLAGS.config.keys()  # raises what went wrong when the file was loaded
+        flags.FLAGS.config.keys()  # raises any error from loading the file
         return rest
-    except Exception as error:  # ml_collections raises many kinds for a wrong field or value
-        sys.exit(f"error: {' '.join(describe(error).split())}")
+    except Exception as error:  # ml_collections raises many kinds of errors
+        sys.exit(f"error: {' '.join(explain(error).split())}")
 
 
 def with_home(argument: str) -> str:
-    """The file of the config with the home folder for ``~``, other arguments as they are."""
+    """Expands ``~`` in ``--config=FILE``; returns other arguments unchanged."""
     name, _, path = argument.partition("=")
     return f"{name}={expand(path)}" if name.lstrip("-") == "config" and path else argument
 
 
-def describe(error: Exception) -> str:
-    """What is wrong with the options, or with the file of the config."""
+def explain(error: Exception) -> str:
+    """What is wrong with the options or with the config file."""
     message = str(error)
     if missing := re.findall(r"Flag (--\w+) must have a value other than None", message):
         return f"{' and '.join(missing)} must be given; --help lists all options"
@@ -57,7 +57,7 @@ def describe(error: Exception) -> str:
 
 
 def unquote(text: str) -> str:
-    """What a whole Python string in it says; empty where it is something else."""
+    """The content of a Python string literal; empty if the text is not one."""
     try:
         found = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -66,11 +66,12 @@ def unquote(text: str) -> str:
 
 
 def refuse_without_effect(program: str) -> None:
-    """UserError if the user, or the user's own config file, sets what ``program`` ignores.
+    """UserError if the command line or a user's own config file sets what ``program`` ignores.
 
-    On the command line that is what differs from the file, in the file what differs from the one
-    of ``configs/`` that it may be made of: the one that leaves the least to refuse, and of these
-    the one that it is most like.
+    A setting of the command line is a field that differs from the file. A setting of the file is
+    a field that differs from the recipe in ``configs/`` that it is based on. That recipe is not
+    known, so it is taken to be the one with the fewest settings to refuse, and among these the one
+    with the fewest differences.
     """
     flag: Any = flags.FLAGS["config"]
     if not isinstance(flag.value, ConfigDict):
@@ -82,29 +83,29 @@ def refuse_without_effect(program: str) -> None:
     ignored = lambda names: [name for name in names if effects.ignored([name], file)]
     changes = [differing(file, other) for other in shipped.values()]
     likely = min(changes, key=lambda names: (len(ignored(names)), len(names)))
-    # The command line may mend them.
+    # The command line may have corrected them.
     given += [name for name in ignored(likely) if name not in given]
     effects.refuse(given, config, program)
 
 
 def config_of_file(path: str) -> dict[str, Any]:
-    """The fields of a config as its file has them, without those of the command line."""
+    """The fields of a config file, without the changes of the command line."""
     parser: Any = flags.FLAGS["config"].parser
     return flatten(parser.parse(path).to_dict())
 
 
 def shipped_configs() -> dict[str, dict[str, Any]]:
-    """The fields of each recipe by its name, but of those that fail when loaded."""
+    """The fields of each recipe by name; recipes that cannot be loaded are skipped."""
     found = {}
     for name in _RECIPES:
-        # One that a user is at work on must not keep the others from running.
+        # A recipe that a user is editing must not prevent others from running.
         with contextlib.suppress(Exception):
             found[name] = config_of_file(str(_SHIPPED / f"{name}.py"))
     return found
 
 
 def refuse_other_fields(path: str, file: dict[str, Any], shipped: dict[str, Any]) -> None:
-    """UserError if a config file has a field that no run knows, or lacks one of ``default``."""
+    """UserError if a config file has an unknown field, or lacks a field of ``default``."""
     needed = sorted(shipped["default"])
     known = needed + [name for name in shipped.get("diloco", ()) if name.startswith("local.")]
     for name in (name for name in file if name not in known):
@@ -112,5 +113,5 @@ def refuse_other_fields(path: str, file: dict[str, Any], shipped: dict[str, Any]
         hint = f"did you mean config.{near[0]}?" if near else "configs/default.py lists all fields"
         raise UserError(f"{path}: there is no field config.{name}; {hint}")
     for name in (name for name in needed if name not in file):
-        start = "begin with that of configs/default.py and change what you want"
+        start = "start from the config of configs/default.py and change what you want"
         raise UserError(f"{path}: its config has no field {name}; {start}")

@@ -1,47 +1,48 @@
-"""Settings without effect: a run that ignored what it was asked for would pass for its result.
+"""Refuses settings without effect; otherwise a run could be mistaken for one that used them.
 
-The table says for each field of a config with which values of another one it does nothing.
+The table states for each field of a config with which values of another field it has no effect.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from examples.trainer.errors import UserError
-from examples.trainer.optimizer import WITHOUT_MOMENTUM
+from examples.trainer.optimizer import OPTIMIZERS
 
 Flat = dict[str, Any]  # a config as fields.flatten gives it
 
 
 class Rule(NamedTuple):
-    """``fields``, separated by spaces, do nothing with these values of ``other``."""
+    """``fields``, separated by spaces, have no effect with these values of ``other``."""
 
     fields: str
     other: str
     ignored: Callable[[Any], bool]  # of the value of other
     instead: str
     because: str = ""
-    unless: tuple[str, Any] = ("", None)  # a third field with a value that needs them
+    unless: tuple[str, Any] = ("", None)  # a third field, and the value with which they matter
 
     def ignores(self, field: str, config: Flat) -> bool:
-        """Whether ``field`` does nothing in this config."""
+        """Whether ``field`` has no effect in this config."""
         third, value = self.unless
-        spared = third in config and config[third] == value
+        needed = third in config and config[third] == value
         known = field in self.fields.split() and self.other in config
-        return known and self.ignored(config[self.other]) and not spared
+        return known and self.ignored(config[self.other]) and not needed
 
 
 def _only(fields: str, other: str, *values: Any, because: str = "") -> Rule:
-    """They need one of these values."""
+    """The fields have an effect only with these values."""
     instead = f"set config.{other} to {' or '.join(str(value) for value in values)}"
     return Rule(fields, other, lambda value: value not in values, instead, because)
 
 
 def _never(fields: str, other: str, *values: Any, **more: Any) -> Rule:
-    """They need another than these values."""
+    """The fields have no effect with these values."""
     return Rule(fields, other, lambda value: value in values, f"change config.{other}", **more)
 
 
 _NAG = ("nag", "averaged", "lookahead", "snoo")
+_NO_MOMENTUM = sorted(name for name, o in OPTIMIZERS.items() if o.momentum == "none")
 _NO_SCHEDULE = "which uses no schedule of the learning rate"
 _SWEEP = "which makes config.sweep.steps updates at the rates of config.sweep and keeps nothing"
 _SWEEPS_IGNORE = (
@@ -74,7 +75,7 @@ _TABLE = (
         because=_NO_SCHEDULE, unless=("momentum_schedule", "linear"),
     ),
     _never(
-        "momentum", "optimizer.name", *sorted(WITHOUT_MOMENTUM),
+        "momentum", "optimizer.name", *_NO_MOMENTUM,
         because="which has no momentum to set",
     ),
     _never("momentum", "momentum_schedule", "convex", because="which tends to 1"),
@@ -89,7 +90,7 @@ _TABLE = (
     ),
 )  # fmt: skip
 
-# Fields and groups that a program never looks at, and where they belong.
+# Fields and groups that a program ignores, and the program that uses them.
 _UNUSED = {
     "examples.trainer": ("local", "examples.trainer.diloco"),
     "examples.trainer.diloco": (
@@ -101,17 +102,17 @@ _UNUSED = {
 
 
 def refuse(given: Iterable[str], config: Flat, program: str) -> None:
-    """UserError if one of the fields ``given`` to ``program`` does nothing in ``config``."""
+    """UserError if one of the fields ``given`` to ``program`` has no effect in ``config``."""
     unused, other = _UNUSED[program]
-    strangers = [name for name in given if {name, name.partition(".")[0]} & set(unused.split())]
-    if strangers:
-        raise UserError(_message(strangers, config, f"in {program}", f"run {other}"))
+    foreign = [name for name in given if {name, name.partition(".")[0]} & set(unused.split())]
+    if foreign:
+        raise UserError(_message(foreign, config, f"in {program}", f"run {other}"))
     if found := ignored(given, config):
         raise UserError(found)
 
 
 def ignored(given: Iterable[str], config: Flat) -> str:
-    """Which of the fields do nothing, why, and what to do; empty if all have an effect."""
+    """Which fields have no effect, why, and what to do; empty if all have one."""
     given = list(given)
     for rule in _TABLE:
         if names := [name for name in given if rule.ignores(name, config)]:
@@ -124,7 +125,7 @@ def ignored(given: Iterable[str], config: Flat) -> str:
 def _message(names: list[str], config: Flat, why: str, instead: str) -> str:
     settings = ", ".join(_set(name, config) for name in names)
     verb, them = ("has", "it") if len(names) == 1 else ("have", "them")
-    return f"{settings} {verb} no effect {why}; leave {them} out, or {instead}"
+    return f"{settings} {verb} no effect {why}; remove {them}, or {instead}"
 
 
 def _set(name: str, config: Flat) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as one dict; tuples become lists, as in JSON."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -14,5 +15,5 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The fields of ``config`` that ``other`` lacks or has another value of."""
+    """The fields of ``config`` that ``other`` does not have, or has with another value."""
     return [name for name, value in config.items() if name not in other or other[name] != value]

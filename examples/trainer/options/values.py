@@ -1,15 +1,14 @@
-"""Refuses values of a config that no run can use, before anything is read or written."""
+"""Checks the values of a config before anything is read or written."""
 
 from typing import Any
 
-import jax
-
+from examples.trainer.cluster.layout import device_count
 from examples.trainer.compiling import FUSIONS
 from examples.trainer.errors import UserError
 
 
-def check(config: Any) -> None:
-    """UserError for a value that no run can use, or not on these devices."""
+def check_config(config: Any) -> None:
+    """UserError for a value that no run can use, or that these devices cannot use."""
     check_values(config)
     check_devices(config)
 
@@ -54,12 +53,11 @@ def check_values(config: Any) -> None:
 
 
 def check_devices(config: Any) -> None:
-    """UserError where the devices cannot share a batch evenly."""
-    if not 0 <= config.devices <= jax.device_count():
-        raise UserError(
-            f"config.devices must be in [0, {jax.device_count()}], got {config.devices}"
-        )
-    devices, parts = config.devices or jax.device_count(), config.accumulate
+    """UserError if there are no such devices, or if they cannot share a batch evenly."""
+    available = device_count()
+    if not 0 <= config.devices <= available:
+        raise UserError(f"config.devices must be in [0, {available}], got {config.devices}")
+    devices, parts = config.devices or available, config.accumulate
     if config.batch_size % (devices * parts):
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be split evenly over {devices} devices "

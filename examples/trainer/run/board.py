@@ -1,6 +1,6 @@
-"""Scalars for TensorBoard, written at once.
+"""Scalars for TensorBoard, written immediately.
 
-tensorboardX's SummaryWriter writes in a thread: on a full disk the thread dies, and training waits
+tensorboardX's SummaryWriter writes in a thread. On a full disk that thread dies, and training waits
 forever for it to take the next value.
 """
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import (  # made at run time
+from tensorboardX.proto.event_pb2 import (  # generated at run time
     Event,  # pyright: ignore[reportAttributeAccessIssue]
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
 
 class Board:
-    """A file of events in ``folder``. Those of an earlier run after ``last`` are not shown."""
+    """A file of events in ``folder``; hides older events after step ``last``."""
 
     def __init__(self, folder: Path, last: int):
         self._events = EventsWriter(str(folder / "events"))
@@ -25,7 +25,7 @@ class Board:
         self._events.flush()
 
     def write(self, scalars: dict[str, float], step: int) -> None:
-        """OSError where they cannot be written."""
+        """Writes the scalars of one step; OSError if that fails."""
         now = time.time()
         for name, value in scalars.items():
             content = summary.scalar(name, value)

@@ -20,7 +20,7 @@ from examples.trainer.errors import UserError
 
 
 class Restored(NamedTuple):
-    """A checkpoint: its state like the template, and what was saved beside it."""
+    """A checkpoint: a state of the template's structure, and the metadata saved with it."""
 
     step: int
     state: Any
@@ -28,30 +28,30 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The newest ``keep`` checkpoints in ``folder``, one subfolder each, named by the step."""
+    """The newest ``keep`` checkpoints in ``folder``, each in a subfolder named by its step."""
 
     def __init__(self, folder: Path, keep: int):
         self._folder, self._keep = folder.absolute(), keep
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        # Barriers of their own: threads of two managers would meet at each other's.
+        # Two managers need different barriers; otherwise their threads would wait for each other.
         barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self._folder.name)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, create=True, multiprocessing_options=barriers
         )
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)  # orbax overlooks a file in its place
+            self._folder.mkdir(parents=True, exist_ok=True)  # orbax ignores a file in its place
             return _Manager(self._folder, options=options)
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be used: {error.strerror}") from None
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Begins to write; returns once the next update may change the state."""
+        """Starts to write; returns once the next update may change the state."""
         leaves = _named(state)
         sealed = {"meta": meta, "checksums": _checksums(leaves)}
         sealed["checksum"] = _json_checksum(sealed)
-        # A copy: donated buffers may be overwritten while they are still being written to disk.
+        # A copy, because the next update may overwrite donated buffers during the writing.
         arrays = {name: _copy(leaf) for name, leaf in leaves.items()}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(sealed)
@@ -80,21 +80,21 @@ class Checkpoints:
         """Steps of the complete checkpoints, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def restore(
+    def restore_newest(
         self, template: Any, accept: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> Restored | None:
-        """The newest checkpoint that can be read; those that cannot are set aside.
+        """Reads the newest readable checkpoint; newer ones that are damaged are set aside.
 
         Args:
-          template: a state of the wanted shapes, dtypes and shardings.
-          accept: gets what was saved beside the state, before that is read; raises UserError to
-            refuse it.
+          template: a state with the wanted shapes, dtypes and shardings.
+          accept: is called with the metadata before the state is read; raises UserError to refuse
+            the checkpoint.
 
         Returns:
-          None where there is no checkpoint.
+          The checkpoint, or None if there is none.
 
         Raises:
-          UserError: if there are some, but none can be read.
+          UserError: if there are checkpoints, but none can be read.
         """
         steps, reasons = self.steps(), []
         for step in steps:
@@ -106,12 +106,15 @@ class Checkpoints:
                 raise
             except Exception as error:  # whatever a damaged file makes orbax raise
                 reasons.append(f"{self._folder}/{step}: damaged ({_first_line(error)})")
-                processes.say(f"{reasons[-1]}; trying the one before")
+                processes.say(f"{reasons[-1]}; trying the previous one")
                 continue
             self.set_aside(s for s in steps if s > step)
             return restored
         if reasons:
-            raise UserError(f"no checkpoint can be read; {reasons[0]}")
+            raise UserError(
+                f"no checkpoint can be read; {reasons[0]}; restore one from a backup, or choose "
+                "another --workdir"
+            )
         return None
 
     def _read_meta(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
@@ -130,26 +133,26 @@ class Checkpoints:
         }
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         arrays = self._manager.restore(step, args=items)["state"]
-        for name, checksum in _checksums(arrays).items():  # orbax and zstd check no values
+        for name, checksum in _checksums(arrays).items():  # orbax and zstd do not check values
             if checksums[name] != checksum:
                 raise ValueError(f"the checksum of {name} is wrong")
-        # Copied: what orbax returns cannot always be donated.
+        # A copy, because the arrays that orbax returns cannot always be donated.
         leaves = [jnp.copy(arrays[name]) for name in names]
         return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state."""
+        """The metadata of a checkpoint."""
         return self._read_meta(step)[0]
 
     def remove_unfinished(self) -> None:
-        """Removes what a killed run was writing."""
+        """Removes checkpoints that a killed run did not finish."""
         if processes.is_first():
             for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path)
         processes.wait_for_all("removed unfinished checkpoints")
 
     def set_aside(self, steps: Iterable[int]) -> None:
-        """Moves checkpoints away, since orbax silently refuses to save below the newest."""
+        """Moves checkpoints away, because orbax silently refuses to save below the newest step."""
         steps = list(steps)
         if not steps:
             return
@@ -167,7 +170,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Leaves it to the training loop to ask about signals: jax counts who asks how often."""
+    """Does not ask for signals: jax counts the questions, and the training loop asks already."""
 
     def reached_preemption(self, step: int) -> bool:
         del step
@@ -175,27 +178,27 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _named(tree: Any) -> dict[str, jax.Array]:
-    """Leaves by their path, so that a checkpoint does not depend on the types of containers."""
+    """Leaves by their paths, so that a checkpoint does not depend on the types of containers."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in pairs}
 
 
 def _copy(leaf: jax.Array) -> np.ndarray | jax.Array:
-    """Of an array that is whole here, one of the host's; of a part, one of the devices'."""
+    """A copy on the host if the whole array is here, otherwise a copy on the devices."""
     if leaf.sharding.is_fully_replicated:
         return np.array(leaf.addressable_data(0))
     return jnp.copy(leaf)
 
 
 def _checksums(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """One for each array, the same on any number of devices and processes."""
+    """A checksum for each array; it does not depend on the number of devices and processes."""
     return processes.sum_over_all({name: _checksum(leaf) for name, leaf in leaves.items()})
 
 
 def _checksum(leaf: jax.Array) -> int:
-    """The share of this process in the sum of all elements, each times an odd number of its own.
+    """This process's part of a weighted sum of all elements, modulo 2**64.
 
-    No single flipped bit leaves the sum modulo 2**64 as it was.
+    Each element has a different odd weight, so every single flipped bit changes the sum.
     """
     shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
     return sum(_weighted_sum(shard, leaf.shape) for shard in shards) % 2**64
@@ -218,13 +221,13 @@ def _json_checksum(value: Any) -> int:
 
 
 def _why_not_written(error: Exception) -> str:
-    """One sentence where the system said why; tensorstore wraps that in paths of its own."""
+    """The reason in one sentence, without the long text that tensorstore adds to it."""
     found = re.search(r"(?:os_error_code='|OS error )(\d+)", str(error))
     code = int(found[1]) if found else getattr(error, "errno", None)
     if code is None:
         return _first_line(error)
     full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    then = "; make room, and the same command goes on from the one before" if full else ""
+    then = "; free some space and run the same command again to resume" if full else ""
     return os.strerror(code) + then
 
 

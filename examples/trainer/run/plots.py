@@ -1,4 +1,4 @@
-"""Pictures and tables of a finished run."""
+"""Plots and tables of a run."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,14 @@ from matplotlib.figure import Figure
 
 from examples.trainer.cluster import processes
 from examples.trainer.cluster.layout import host_copy
-from examples.trainer.tasks.tasks import Adversarial, Classification, LanguageModel, Task
+from examples.trainer.tasks.adversarial import Adversarial
+from examples.trainer.tasks.language import LanguageModel
+from examples.trainer.tasks.supervised import Classification
+from examples.trainer.tasks.task import Task
 
 
 def save_curves(path: Path, history: list[dict[str, float]]) -> None:
-    """Draws every metric of training and test against the epoch into ``path``."""
+    """Plots every training and test metric against the epoch."""
     names = {name.split("_", 1)[1] for row in history for name in row if name.startswith("train_")}
     figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
@@ -31,7 +34,7 @@ def save_curves(path: Path, history: list[dict[str, float]]) -> None:
 
 
 def save_progress(workdir: Path, task: Task, params: Any, rest: Any, epoch: int) -> None:
-    """What a task shows at each evaluation: a GAN its images, from the same noise each time."""
+    """What a task shows at each evaluation; a GAN shows images, always from the same noise."""
     if not processes.is_first():
         return
     params, rest = host_copy((params, rest))
@@ -40,7 +43,7 @@ def save_progress(workdir: Path, task: Task, params: Any, rest: Any, epoch: int)
 
 
 def save_results(workdir: Path, task: Task, params: Any, rest: Any, test: Any) -> None:
-    """What a task shows at the end: a confusion matrix, a text."""
+    """What a task shows at the end: a confusion matrix or a sample of text."""
     if not processes.is_first():
         return
     params, rest, test = host_copy((params, rest, test))
@@ -55,7 +58,7 @@ def save_results(workdir: Path, task: Task, params: Any, rest: Any, test: Any) -
 def save_confusion(
     workdir: Path, task: Classification, params: Any, rest: Any, test: Any, batch_size: int = 1000
 ) -> None:
-    """Writes confusion.png and results.json: the confusion matrix and accuracy of each class."""
+    """Writes confusion.png and results.json: confusion matrix and accuracy of each class."""
     model = task.model(params, rest, train=False)
     predict = jax.jit(lambda x: task.logits(model, x).argmax(-1))
     x, y = test["x"], np.asarray(test["y"])
@@ -81,7 +84,7 @@ def save_confusion(
 
 
 def save_images(path: Path, task: Adversarial, params: Any, rest: Any, side: int = 8) -> None:
-    """A grid of generated images, from the same noise each time."""
+    """A grid of generated images, always from the same noise."""
     images = np.asarray(task.generate(params, rest, jax.random.key(0), side**2))
     _, height, width, depth = images.shape
     grid = images.reshape(side, side, height, width, depth).swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""What a run tells: rows of metrics to files and terminal, plots at the end."""
+"""Reports a run: rows of metrics to files and the terminal, and curves at the end."""
 
 import json
 import sys
@@ -14,17 +14,17 @@ from examples.trainer.cluster import processes
 from examples.trainer.errors import UserError
 from examples.trainer.run import plots
 from examples.trainer.run.board import Board
-from examples.trainer.tasks.tasks import Task
+from examples.trainer.tasks.task import Task
 
 Row = dict[str, float]
 
 
 class Reporter:
-    """Collects the rows of a run, one late, so that the device never waits for the host.
+    """Collects the rows of a run with a delay of one, so that the device never waits for the host.
 
-    A row waits as device arrays until the next one arrives or ``flush`` is called; then it goes to
-    ``metrics.jsonl``, to TensorBoard and to standard output. Speed is shown, but is no part of a
-    row: rows depend on the config alone. Only the first of several processes writes.
+    A row stays on the device until the next one arrives or ``flush`` is called. Then it is written
+    to ``metrics.jsonl``, to TensorBoard and to standard output. The speed is shown but not stored,
+    so that rows depend only on the config. If several processes train, only the first one writes.
     """
 
     def __init__(self, workdir: Path, task: Task, history: list[Row], total: int, board: bool):
@@ -60,19 +60,19 @@ class Reporter:
     def add(self, row: dict[str, Any], sums: dict[str, Any]) -> None:
         """Takes a row; ``sums`` maps prefixes such as "train_" to sums on the device.
 
-        The values of the row may be on the device, too.
+        The values of the row may also be on the device.
         """
         self.flush()
         self._pending = row, sums
 
     def flush(self) -> None:
-        """Fetches and writes the row that waits."""
+        """Fetches and writes the waiting row."""
         if self._pending is None:
             return
         (row, sums), self._pending = self._pending, None
         row, fetched = jax.device_get((row, sums))
         row = {name: np.asarray(value).item() for name, value in row.items()}
-        for prefix in (p for p in sums if fetched[p]["samples"] > 0):  # 0: all steps left out
+        for prefix in (p for p in sums if fetched[p]["samples"] > 0):  # 0: all skipped
             metrics = self._task.summarize({k: float(v) for k, v in fetched[prefix].items()})
             suffix = "_at_params" if prefix == "params_" else ""
             start = "test_" if suffix else prefix
@@ -95,7 +95,7 @@ class Reporter:
             name = "metrics.jsonl or the events of TensorBoard"
             message = f"{self._workdir}: {name} cannot be written: {error.strerror}"
             raise UserError(message) from None
-        self._progress.console.print(describe(row, self._speed), highlight=False, soft_wrap=True)
+        self._progress.console.print(format_row(row, self._speed), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
@@ -109,8 +109,8 @@ class Reporter:
             plots.save_curves(self._workdir / "curves.png", self.history)
 
 
-def describe(row: Row, speed: float = 0.0) -> str:
-    """One line for people and for grep."""
+def format_row(row: Row, speed: float = 0.0) -> str:
+    """The row in one line, for people and for grep."""
     shown = {k: v for k, v in row.items() if not k.endswith("_at_params") and k != "epoch"}
     parts = [f"epoch: {row['epoch']:.2f}".removesuffix(".00")]
     for name, value in shown.items():

@@ -1,4 +1,4 @@
-"""What a run saves and where it goes on: checkpoints, and the best of them."""
+"""What a run saves and where it resumes: the newest checkpoints, and the best one."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from examples.trainer.run.checkpoints import Checkpoints, Restored
 from examples.trainer.run.reporting import Reporter
 from examples.trainer.run.state import TrainState
 from examples.trainer.run.workdir import refuse_other, refuse_other_data
-from examples.trainer.tasks.tasks import Task
+from examples.trainer.tasks.task import Task
 
 
 class Saver:
-    """The checkpoints of a run in ``workdir/checkpoints``, and in ``workdir/best`` the best."""
+    """The newest checkpoints in ``workdir/checkpoints``, and the best in ``workdir/best``."""
 
     def __init__(self, workdir: Path, config: Any, task: Task, fingerprint: int):
         self._config, self._task, self._workdir = config, task, workdir
@@ -25,9 +25,9 @@ class Saver:
         self._best: Checkpoints | None = None
         self._saved: int | None = None
 
-    def restore(self, state: TrainState) -> Restored | None:
-        """The newest checkpoint, with the shapes and shardings of ``state``, if there is one."""
-        restored = self._checkpoints.restore(state, self._accept)
+    def find_checkpoint(self, state: TrainState) -> Restored | None:
+        """The newest checkpoint of this run, if any, like ``state`` in shapes and shardings."""
+        restored = self._checkpoints.restore_newest(state, self._accept)
         self._saved = restored.step if restored else None
         return restored
 
@@ -36,29 +36,31 @@ class Saver:
         refuse_other_data(self._workdir, meta.get("fingerprint"), self._fingerprint, self._config)
 
     def begin(self) -> None:
-        """Prepares the folders for what this run will save."""
+        """Prepares the folders, and reports where the run resumes."""
+        if self._saved is not None:
+            processes.say(f"{self._workdir}: resuming from step {self._saved}")
         self._checkpoints.remove_unfinished()
         if self._config.keep_best:
             self._best = Checkpoints(self._workdir / "best", 1)
             if self._saved is None:
-                self._best.set_aside(self._best.steps())  # of a run whose checkpoints are gone
+                self._best.set_aside(self._best.steps())  # left by a run without checkpoints
 
     def save(self, step: int, state: TrainState, reporter: Reporter, position: Any) -> None:
-        """Begins to write a checkpoint; ``position`` is that of the data, as JSON values."""
-        if step == self._saved:  # stopped before the next update
+        """Starts to write a checkpoint; ``position`` is that of the data, as JSON values."""
+        if step == self._saved:  # the run was stopped before its first new update
             return
         reporter.flush()
         self.refuse_nonfinite(state, step)
         meta = {"config": self._config.to_dict(), "history": reporter.history, "data": position}
         meta["fingerprint"] = self._fingerprint
         if self._best is not None:
-            self._best.wait()  # a checkpoint goes on after the best one before it, never without
+            self._best.wait()  # no checkpoint may exist without the best one before it
         self._checkpoints.save(step, state, json.loads(json.dumps(meta)))
         self._saved = step
 
     def save_best(self, step: int, state: TrainState, reporter: Reporter) -> None:
-        """The same in ``best``, if the row of this step is the best so far."""
-        # There already, or a later one: this run was there before it was killed or damaged.
+        """Saves to ``best`` if the row of this step is the best so far."""
+        # The run may have saved this or a later step before it was killed or damaged.
         if self._best is None or any(kept >= step for kept in self._best.steps()):
             return
         reporter.flush()
@@ -73,7 +75,7 @@ class Saver:
             self._best.wait()
 
     def wait_unless_in_a_hurry(self, kind: type[BaseException] | None, *_: object) -> None:
-        """For an ``ExitStack``: after a second Ctrl-C nothing is waited for."""
+        """For an ``ExitStack``: waits, except after a second Ctrl-C."""
         if kind is not KeyboardInterrupt and not (kind and processes.several()):
             self.wait()
 
@@ -82,13 +84,13 @@ class Saver:
         if skipped and self._config.nonfinite == "stop":
             raise UserError(
                 f"the loss or its gradient was not finite in {skipped} steps before step {step}; "
-                "the last checkpoint is from before; try, in another --workdir, "
+                "the last checkpoint is from before that; in another --workdir, try "
                 f"{remedies(self._config)}"
             )
 
 
 def remedies(config: Any) -> str:
-    """What may keep the loss of this config finite: nothing that it would ignore."""
+    """Settings that may keep the loss finite and that this config does not ignore."""
     found = []
     if not effects.ignored(["learning_rate"], flatten(config.to_dict())):
         found.append(f"a learning rate below {config.learning_rate:g}")
@@ -97,7 +99,7 @@ def remedies(config: Any) -> str:
 
 
 def is_best(task: Task, history: list[dict[str, float]], step: int) -> bool:
-    """Whether the last row is of this step, and its test result better than all before."""
+    """Whether the last row is that of this step, with the best test result so far."""
     name = f"test_{task.score}"
     results = [row[name] for row in history if name in row]
     if not results or history[-1]["step"] != step or name not in history[-1]:

@@ -11,9 +11,9 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def random_shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
-    """Moves each image by up to ``pixels`` in each direction; the border fills with zeros.
+    """Moves each image by up to ``pixels`` in each direction and fills the border with zeros.
 
-    The same as padding by ``pixels`` and cropping at random to the old size.
+    This is the same as padding by ``pixels`` and cropping at random to the old size.
     """
     if not pixels:
         return images
@@ -32,16 +32,16 @@ def random_zoom(key: jax.Array, images: jax.Array, fraction: float) -> jax.Array
     if not fraction:
         return images
     height, width = images.shape[1:3]
-    size_key, place_key = jax.random.split(key)
+    size_key, position_key = jax.random.split(key)
     side = jax.random.uniform(size_key, (len(images), 1), minval=1 - fraction, maxval=1.0)
-    place = jax.random.uniform(place_key, (len(images), 2))
+    position = jax.random.uniform(position_key, (len(images), 2))
 
-    def crop(image: jax.Array, side: jax.Array, place: jax.Array) -> jax.Array:
+    def crop(image: jax.Array, side: jax.Array, position: jax.Array) -> jax.Array:
         size = jnp.array([height, width])
         scale = jnp.full(2, 1.0) / side
-        start = place * (1 - side) * size
+        start = position * (1 - side) * size
         return jax.image.scale_and_translate(
             image, image.shape, (0, 1), scale, -start * scale, "linear", antialias=False
         )
 
-    return jax.vmap(crop)(images.astype(jnp.float32), side, place)
+    return jax.vmap(crop)(images.astype(jnp.float32), side, position)

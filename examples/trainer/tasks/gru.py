@@ -1,6 +1,6 @@
-"""A character model with gated recurrent units (GRU), in flax.nnx, fast on CPU and accelerators.
+"""A character model with gated recurrent units (GRU), in flax.nnx.
 
-Each gate has arrays of its own: XLA on CPU does not vectorize a loop over slices of one array.
+Each gate has its own arrays, because XLA on CPU does not vectorize a loop over slices of one array.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ Gates = tuple[jax.Array, ...]  # of reset, update and candidate
 
 
 class GRU(nnx.Module):
-    """A character model: codes ``[batch, time]`` and state -> logits, state (Cho et al. 2014)."""
+    """Maps codes ``[batch, time]`` and a state to logits and a new state (Cho et al. 2014)."""
 
     def __init__(self, symbols: int, embedding: int, hidden: int, *, rngs: nnx.Rngs):
         self.hidden = hidden
@@ -40,10 +40,10 @@ class GRU(nnx.Module):
 
 @jax.custom_vjp
 def recurrence(kernels: Gates, biases: Gates, gates: Gates, state: jax.Array) -> jax.Array:
-    """States ``[time, batch, hidden]`` after ``gates``, each of that shape, from ``state``.
+    """States ``[time, batch, hidden]``, from ``gates`` of that shape each and a first ``state``.
 
-    The gradient of the kernels is one product over all times, where JAX's own adds one a time.
-    There is no forward mode, and so no product with the Hessian, as with every ``jax.custom_vjp``.
+    The gradient of the kernels is one product over all times; JAX would add one product per time.
+    Like every ``jax.custom_vjp`` it has no forward mode, and so no product with the Hessian.
     """
     return _forward(kernels, biases, gates, state)[0]
 
@@ -80,9 +80,9 @@ recurrence.defvjp(_forward, _backward)
 
 
 def _cell(h: jax.Array, gate: Gates, mixed: Gates) -> jax.Array:
-    """The next state, from what the inputs and what the state before give to the gates."""
+    """The next state, from the contributions of the inputs and of the last state to the gates."""
     reset, update = nnx.sigmoid(gate[0] + mixed[0]), nnx.sigmoid(gate[1] + mixed[1])
-    # The candidate's own bias is inside the reset gate, as in cuDNN and PyTorch.
+    # The recurrent bias of the candidate is inside the reset gate, as in cuDNN and PyTorch.
     new = jnp.tanh(gate[2] + reset * mixed[2])
     return new + update * (h - new)
 

@@ -1,11 +1,15 @@
-"""The models of the examples, in flax.nnx: images in NHWC, logits without softmax."""
+"""Models for images, in flax.nnx: NHWC inputs, logits as outputs."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from examples.trainer.errors import UserError
 
 _he = nnx.initializers.he_normal()
 
@@ -13,7 +17,7 @@ _he = nnx.initializers.he_normal()
 class MLP(nnx.Module):
     """Dense layers with ReLU between them: ``[batch, ...]`` -> ``[batch, outputs]``.
 
-    Without hidden layers it is a linear model.
+    Without hidden layers this is a linear model.
     """
 
     def __init__(self, inputs: int, hidden_sizes: Sequence[int], outputs: int, *, rngs: nnx.Rngs):
@@ -53,7 +57,7 @@ class CNN(nnx.Module):
 class ConvolutionPool(nnx.Module):
     """3x3 convolution, 2x2 max-pooling, bias, ReLU.
 
-    The bias comes after the pooling: the same result, from a quarter of the additions.
+    Adding the bias after the pooling gives the same result with a quarter of the additions.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
@@ -67,9 +71,9 @@ class ConvolutionPool(nnx.Module):
 
 
 def convolve(layer: nnx.Conv, x: jax.Array) -> jax.Array:
-    """The layer's own result; for gray images as a product with 3x3 patches.
+    """The output of the layer; for gray images, computed as a product with 3x3 patches.
 
-    On CPU the gradient of a convolution over one channel takes several times as long.
+    On CPU, the gradient of a convolution over one channel takes several times as long.
     """
     if x.shape[-1] > 1:
         return layer(x)
@@ -84,9 +88,9 @@ def convolve(layer: nnx.Conv, x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 max-pooling; an odd last row or column is left out.
+    """2x2 max-pooling; an odd last row or column is ignored.
 
-    The gradient is shared by all that are the largest. It is written out because on CPU that of
+    Equal maxima share the gradient. The gradient is written out because on CPU that of
     reduce_window takes several times as long.
     """
     return nnx.max_pool(x, (2, 2), (2, 2))
@@ -103,7 +107,7 @@ def _max_pool_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tupl
     blocks = x[:, : 2 * height, : 2 * width].reshape(batch, height, 2, width, 2, channels)
     spread = lambda a: a[:, :, None, :, None]
     largest = blocks == spread(y)
-    # A sum of four slices: on CPU a reduction over both axes is slower.
+    # A sum of four slices, because on CPU a reduction over both axes is slower.
     count = sum(largest[:, :, i, :, j].astype(g.dtype) for i in range(2) for j in range(2))
     dx = jnp.where(largest, spread(g / count), 0).reshape(batch, 2 * height, 2 * width, channels)
     border = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
@@ -165,7 +169,7 @@ def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 
 
 class Generator(nnx.Module):
-    """DCGAN's generator for images of a side divisible by 4 (Radford et al. 2015)."""
+    """DCGAN's generator, for images with sides divisible by 4 (Radford et al. 2015)."""
 
     def __init__(self, latent: int, width: int, shape: Sequence[int], *, rngs: nnx.Rngs):
         self.start = (shape[0] // 4, shape[1] // 4, 2 * width)
@@ -198,3 +202,18 @@ class Discriminator(nnx.Module):
         for down in self.down:
             x = nnx.leaky_relu(down(x), 0.2)
         return self.logit(x.reshape(x.shape[0], -1))[:, 0]
+
+
+def image_model(model: Any, shape: tuple[int, ...], outputs: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The model that ``config.model`` names, for inputs of ``shape``."""
+    if model.name in ("mlp", "linear"):
+        hidden = model.hidden_sizes if model.name == "mlp" else ()
+        return MLP(math.prod(shape), hidden, outputs, rngs=rngs)
+    if model.name not in ("cnn", "resnet"):
+        known = "linear, mlp, cnn, resnet (images), gru (text), dcgan (adversarial)"
+        raise UserError(f"config.model.name must be one of {known}, got {model.name!r}")
+    if len(shape) != 3 or min(shape[:2]) < 4:
+        raise UserError(f"{model.name} needs images of at least 4 x 4 pixels, got {shape}")
+    if model.name == "cnn":
+        return CNN(shape, model.channels, model.hidden, outputs, rngs=rngs)
+    return ResNet(shape, model.channels, model.blocks, outputs, rngs=rngs)
