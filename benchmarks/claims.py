@@ -46,7 +46,6 @@ def recipes() -> list[str]:
         f"its training accuracy is {shares[0]:.1f} % with, {shares[1]:.1f} % without",
         if_true(seeds == {(0,), (0, 1, 2)}, "seed 0, or 0, 1 and 2 where three results are given"),
         if_true(versions == {("3.11", "0.10.2")}, "Two CPU cores, Python 3.11, jax 0.10.2"),
-        f"the memory of streaming {read('streaming')['rows'] / 1e6:.0f} million rows",
     ]
 
 
@@ -54,7 +53,7 @@ def sweep() -> list[str]:
     rows = read("find_lr")["rows"].values()
     factors = [row["suggestion"] / row["configured"] for row in rows]
     most = max(max(f, 1 / f) for f in factors)
-    return [f"MLP, CNN and GRU that is within a factor of {math.ceil(10 * most) / 10:.1f} of what"]
+    return [f"the suggestion is within a factor of {math.ceil(10 * most) / 10:.1f} of the rate in"]
 
 
 def search() -> list[str]:
@@ -363,10 +362,11 @@ def precision() -> list[str]:
 
 
 FRONT = ROOT / "README.md"
+TRAINER = ROOT / "examples" / "trainer" / "README.md"
 SECTIONS = [
     Section(FRONT, "## Does it really speed up training?", claims.verdict),
-    Section(FRONT, "### Results", recipes),
-    Section(FRONT, "## Training examples", sweep, whole=False),
+    Section(TRAINER, "## Results", recipes),
+    Section(TRAINER, "### Finding a learning rate", sweep, whole=False),
     Section(PAGE, "## Does it speed up training?", search),
     Section(PAGE, "## Convergence", convergence),
     Section(PAGE, "## Step sizes that tune themselves", step_sizes),

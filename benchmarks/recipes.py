@@ -1,8 +1,8 @@
-"""Trains the recipes of configs/ as README's commands do, and keeps what came out.
+"""Trains the recipes of configs/ as in examples/trainer/README.md, and saves the results.
 
 ``python -m benchmarks.recipes [--only mlp linear ...]`` runs each command with each of its seeds in
 a new folder and a new process, one after the other, and replaces its row in results/recipes.json;
-``python -m benchmarks.tables`` makes README's table of it.
+``python -m benchmarks.tables`` makes the table in examples/trainer/README.md from it.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from benchmarks.speedup import report
 
 RESULTS = Path(__file__).parent / "results"
 FRONT = PAGE.parent.parent / "README.md"
+TRAINER = FRONT.parent / "examples" / "trainer" / "README.md"
 PROGRAMS = {
     "mlp": "MLP 256-128, digits",
     "mlp on Fashion-MNIST": "MLP 256-128, Fashion-MNIST",
@@ -142,7 +143,7 @@ def sections() -> Iterator[tuple[str, str, Path]]:
     """Name, text and page of everything that is generated."""
     for name, table in SECTIONS.items():
         yield name, table(json.loads((RESULTS / f"{name}.json").read_text())), PAGE
-    yield "recipes", recipes.table(json.loads(recipes.RESULTS.read_text())), FRONT
+    yield "recipes", recipes.table(json.loads(recipes.RESULTS.read_text())), TRAINER
     found = report.load(RESULTS / "speedup")
     if not found:
         return

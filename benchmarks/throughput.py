@@ -147,7 +147,7 @@ def python_overhead(config: Any, dataset: datasets.Dataset, n: int = 2000) -> di
         start = time.perf_counter()
         while step < n:
             end = train.next_stop(config, step, feed.steps_per_epoch, n)
-            state, step, _ = train.advance(feed, state, step, end, stop)
+            state, step, _ = train.update_until(end, feed, state, step, stop)
         jax.block_until_ready(state)
         times["loop"].append(time.perf_counter() - start)
         stop.uninstall()

@@ -67,13 +67,11 @@ def test_where_no_plot_can_be_saved(tmp_path, monkeypatch, capsys, path, message
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    "program", ["convex", "multi_device", "trainer", "trainer.diloco", "trainer.launch"]
-)
+@pytest.mark.parametrize("program", ["convex", "multi_device"])
 def test_help_starts_nothing(program):
     result = subprocess.run(
         [sys.executable, "-m", f"examples.{program}", "--help"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert result.stderr == ""
     assert "-h" in result.stdout

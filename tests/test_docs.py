@@ -21,6 +21,7 @@ MODULES_OF_USERS = (nag_jax, nag_jax.rules, nag_jax.schedules, nag_jax.restart, 
 NAMES = dict(jax=jax, jnp=jnp, optax=optax, nag_jax=nag_jax, rules=nag_jax.rules)
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+PAGES += (ROOT / "examples" / "trainer" / "README.md",)
 OPTIONAL = {"jaxopt", "torch"}  # what pages compare with; nothing else may be missing
 
 

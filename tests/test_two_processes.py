@@ -28,7 +28,7 @@ def test_steps_and_replicas_of_two_processes(tmp_path):
         for number, result in enumerate(results)
     ]
     try:
-        assert [process.wait(120) for process in processes] == [0, 0]
+        assert [process.wait(600) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

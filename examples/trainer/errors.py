@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A wrong option, file or folder: says what was found, what is needed and what to do.
+    """A wrong option, file or folder. The message is: what was found, what is needed, what to do.
 
     The command prints it in one line, without a traceback.
     """

@@ -83,8 +83,8 @@ def decayed(s: Settings) -> dict[str, Any]:
     return dict(weight_decay=s.config.weight_decay, mask=weight_matrices)
 
 
-# Rules have the defaults of their papers. Those that need a constant of the problem or the number
-# of steps are left out.
+# Rules use the defaults of their papers. Rules that need a constant of the problem or the number of
+# steps are not offered.
 OPTIMIZERS: dict[str, Choice] = {
     "nag": Choice(nag, momentum="scheduled"),
     "averaged": Choice(lambda s: nag_jax.averaged(nag(s)), momentum="scheduled"),

@@ -11,7 +11,7 @@ pytest.importorskip("ml_collections")
 from configs import diloco as recipe
 from configs import mlp
 from examples.trainer.data import datasets
-from examples.trainer.diloco import run as diloco
+from examples.trainer.diloco import workers
 from examples.trainer.errors import UserError
 
 
@@ -28,7 +28,7 @@ def config(tmp_path):
 
 
 def test_the_table(config, capsys):
-    rows = diloco.table(config)
+    rows = workers.table(config)
     assert [row.every for row in rows] == [1, 1, 4]
     assert all(row.loss < 2.6 for row in rows)  # 2.89 are the 18 characters, guessed
     assert len({row.loss for row in rows}) == 3
@@ -38,8 +38,8 @@ def test_the_table(config, capsys):
 
 def test_workers_as_devices_agree_and_send_the_bytes_of_the_table(config, monkeypatch):
     """shard_map over eight devices: vmap's numbers, and no collective but the mean of params."""
-    dataset, texts, jit = datasets.load(config), [], diloco.jit
-    rows = diloco.run(config, dataset, 4, 0.3)
+    dataset, texts, jit = datasets.load(config), [], workers.jit
+    rows = workers.train(config, dataset, 4, 0.3)
 
     def seen(function, *args, **kwargs):
         jitted = jit(function, *args, **kwargs)
@@ -52,9 +52,9 @@ def test_workers_as_devices_agree_and_send_the_bytes_of_the_table(config, monkey
 
         return call
 
-    monkeypatch.setattr(diloco, "jit", seen)
+    monkeypatch.setattr(workers, "jit", seen)
     config.local.mode = "shard_map"
-    devices = diloco.run(config, dataset, 4, 0.3)
+    devices = workers.train(config, dataset, 4, 0.3)
     assert devices.loss == pytest.approx(rows.loss, abs=1e-5)
     assert devices.loss_at_params == pytest.approx(rows.loss_at_params, abs=1e-5)
     reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", texts[0])
@@ -68,16 +68,16 @@ def test_mistakes_are_named(config):
     dataset = datasets.load(config)
     config.local.mode = "threads"
     with pytest.raises(UserError, match=r"mode must be vmap or shard_map, got 'threads'"):
-        diloco.run(config, dataset, 4, 0.3)
+        workers.train(config, dataset, 4, 0.3)
     config.local.update(mode="shard_map", workers=16)
     with pytest.raises(UserError, match=rf"more than the {jax.device_count()} devices; on CPU"):
-        diloco.run(config, dataset, 4, 0.3)
+        workers.train(config, dataset, 4, 0.3)
     config.local.update(mode="vmap", workers=3)
     with pytest.raises(UserError, match=r"batch_size=16 must be a multiple of config\.local\.w"):
-        diloco.run(config, dataset, 4, 0.3)
+        workers.train(config, dataset, 4, 0.3)
     config.local.update(workers=8, every=(3, 4))
     with pytest.raises(UserError, match=r"must divide the largest"):
-        diloco.run(config, dataset, 4, 0.3)
+        workers.train(config, dataset, 4, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -106,22 +106,22 @@ def test_bad_values_are_named_before_the_table(config, capsys, changes, local, m
     config.update(changes)
     config.local.update(local)
     with pytest.raises(UserError, match=message):
-        diloco.table(config)
+        workers.table(config)
     assert capsys.readouterr().out == ""
 
 
 def test_a_config_without_workers():
     with pytest.raises(UserError, match=r"no group config\.local; use configs/diloco\.py"):
-        diloco.table(mlp.get_config())
+        workers.table(mlp.get_config())
 
 
 def test_other_optimizers_take_the_place_of_nag(config, capsys):
     config.optimizer.name, config.learning_rate = "adam", 0.01
     config.local.update(every=(4,), learning_rate=0.01)
-    rows = diloco.table(config)
+    rows = workers.table(config)
     assert [row.method for row in rows] == ["synchronous adam", "DiLoCo"]
     assert rows[0].loss == rows[0].loss_at_params
     assert all(row.loss < 2.89 for row in rows)
     assert "synchronous adam" in capsys.readouterr().out
     config.optimizer.name = "nag_auto"
-    assert all(np.isnan(row.learning_rate) for row in diloco.table(config))
+    assert all(np.isnan(row.learning_rate) for row in workers.table(config))

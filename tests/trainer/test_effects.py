@@ -93,6 +93,7 @@ COMMANDS = [
     (page.name, *match)
     for page in (
         ROOT / "README.md",
+        ROOT / "examples" / "trainer" / "README.md",
         ROOT / "benchmarks" / "README.md",
         ROOT / "docs" / "tutorial.md",
     )

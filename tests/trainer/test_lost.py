@@ -84,7 +84,7 @@ class Killer:
         return run.end() < 0
 
 
-def runs_end_alike(server, folder, reference, options, killer, times, **kwargs):
+def runs_end_the_same(server, folder, reference, options, killer, times, **kwargs):
     """Kills as often as wanted, over as many runs as that takes, and compares each."""
     while killer.kills < times:
         workdir = folder / f"run-{killer.kills}"
@@ -99,7 +99,7 @@ def runs_end_alike(server, folder, reference, options, killer, times, **kwargs):
 
 def test_killed_twenty_times(server, whole, tmp_path):
     killer = Killer(0)
-    runs_end_alike(server, tmp_path, whole, DIGITS, killer, 20)
+    runs_end_the_same(server, tmp_path, whole, DIGITS, killer, 20)
     assert killer.while_writing >= 5
 
 
@@ -109,7 +109,7 @@ def test_steps_that_tune_themselves_killed_twice(server, tmp_path):
     run = server.start(tmp_path / "whole", *options)
     assert run.end() == 0, run.stderr
     killer = Killer(2)
-    runs_end_alike(server, tmp_path, tmp_path / "whole", options, killer, 2)
+    runs_end_the_same(server, tmp_path, tmp_path / "whole", options, killer, 2)
     rows = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     (found,) = {
         name
@@ -142,7 +142,7 @@ def shards(server, tmp_path_factory):
 def test_streamed_runs_killed_six_times(server, shards, tmp_path):
     options, reference = shards
     killer = Killer(1)
-    runs_end_alike(server, tmp_path, reference, options, killer, 6, name="resnet")
+    runs_end_the_same(server, tmp_path, reference, options, killer, 6, name="resnet")
     assert killer.while_writing >= 1
     assert any(name.startswith("rest.") for name in arrays_in(reference / "checkpoints", 18))
 
@@ -152,7 +152,7 @@ def has_saved(workdir):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_so(server, whole, tmp_path, number):
+def test_a_signal_saves_and_reports_it(server, whole, tmp_path, number):
     run = server.start(tmp_path / "run", *DIGITS)
     assert run.until(has_saved(tmp_path / "run"))
     run.send(number)
@@ -164,7 +164,7 @@ def test_a_signal_saves_and_says_so(server, whole, tmp_path, number):
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_a_signal_before_the_first_step_of_a_run_that_goes_on(server, halfway, whole):
+def test_a_signal_before_the_first_step_of_a_resumed_run(server, halfway, whole):
     """There is nothing new to save, and saving it again would be refused."""
     run = server.start(halfway, *DIGITS)
     assert run.until(lambda: "resuming from step 54" in run.stdout)

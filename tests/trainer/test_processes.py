@@ -109,7 +109,7 @@ def test_in_memory_data_on_two_processes(server, tmp_path):
 
 def test_the_others_stop_when_one_is_killed(server, options, whole, tmp_path):
     workdir = tmp_path / "run"
-    run = Launched(server, workdir, *options, "--config.num_epochs=1000", "--heartbeat=8")
+    run = Launched(server, workdir, *options, "--config.num_epochs=1000", "--heartbeat=20")
     run.until(lambda: (workdir / "checkpoints" / "4").exists())
     os.kill(run.child(1), signal.SIGKILL)
     assert run.end() == 1
@@ -129,7 +129,7 @@ def interrupted(whole, workdir, step):
             shutil.rmtree(workdir / folder / str(later))
 
 
-def test_a_run_goes_on_after_a_kill_with_the_same_bits(server, options, whole, tmp_path):
+def test_a_run_resumes_after_a_kill_with_the_same_bits(server, options, whole, tmp_path):
     interrupted(whole, tmp_path / "run", 8)
     run = Launched(server, tmp_path / "run", *options)
     assert run.end() == 0, run.log.read_text()
@@ -137,7 +137,7 @@ def test_a_run_goes_on_after_a_kill_with_the_same_bits(server, options, whole, t
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_a_run_goes_on_in_one_process(server, options, whole, tmp_path):
+def test_a_run_resumes_in_one_process(server, options, whole, tmp_path):
     interrupted(whole, tmp_path / "run", 8)
     run = server.start(tmp_path / "run", *options)
     assert run.end() == 0, run.stderr

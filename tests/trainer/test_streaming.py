@@ -125,7 +125,7 @@ def test_a_block_may_span_several_shards(tmp_path):
 
 @pytest.mark.parametrize("position", [0, 1, 5, 13, 14, 15, 28, 31])
 @pytest.mark.parametrize("prefetch", [0, 4])
-def test_a_restored_stream_goes_on_bit_for_bit(tmp_path, position, prefetch):
+def test_a_restored_stream_resumes_bit_for_bit(tmp_path, position, prefetch):
     make(tmp_path)
     change(tmp_path, "x-00001", put([3, 15], np.nan))
     change(tmp_path, "y-00004", put(9, 10))

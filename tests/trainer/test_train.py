@@ -312,7 +312,7 @@ def write_text(folder):
     ],
 )
 def test_a_run_resumes_only_with_its_own_data(tmp_path, capsys, dataset, write, changed):
-    """Wherever they lie now, and however alike the others are."""
+    """Also after they were moved; other data are refused even if one bit differs."""
     (tmp_path / "data").mkdir()
     write(tmp_path / "data")
     chosen = config("rnn" if dataset == "text" else "mlp", dataset=dataset, batch_size=4)

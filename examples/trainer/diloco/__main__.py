@@ -8,7 +8,7 @@ os.environ.setdefault("PJRT_NPROC", "32")  # fewer threads may deadlock virtual 
 from absl import app, flags
 from ml_collections import config_flags
 
-from examples.trainer.diloco.run import table
+from examples.trainer.diloco.workers import table
 from examples.trainer.errors import UserError
 from examples.trainer.options.command_line import parse_flags, refuse_without_effect
 

@@ -22,16 +22,16 @@ class Evaluation:
 
     def __init__(self, config: Any, workdir: Path, setup: Setup):
         self._setup, self._workdir = setup, workdir
-        self._evaluate = make_evaluate(setup.task, config.eval_batch_size)
+        self._sums = make_evaluate(setup.task, config.eval_batch_size)
         self._refresh = make_refresh(setup.task, config.batch_size)
 
-    def run(self, state: TrainState, step: int) -> dict[str, Sums]:
+    def evaluate(self, state: TrainState, step: int) -> dict[str, Sums]:
         """Sums at the evaluation iterate ("test_") and at the training parameters ("params_")."""
         task, test = self._setup.task, self._setup.test
         params, rest = self._iterate(state)
         results = {
-            "test_": self._evaluate(params, rest, test),
-            "params_": self._evaluate(state.params, state.rest, test),
+            "test_": self._sums(params, rest, test),
+            "params_": self._sums(state.params, state.rest, test),
         }
         epoch = round(step / self._setup.feed.steps_per_epoch)
         plots.save_progress(self._workdir, task, params, rest, epoch)

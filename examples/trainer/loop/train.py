@@ -59,11 +59,11 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> list[Row]:
         saver.save_best(step, state, reporter)  # if the run was killed just before it did so
         while step < total and not ended:
             end = next_stop(config, step, feed.steps_per_epoch, total)
-            state, step, halting = advance(feed, state, step, end, stop)
-            reporter.advance(step, config.batch_size)
+            state, step, halting = update_until(end, feed, state, step, stop)
+            reporter.show_progress(step, config.batch_size)
             now = due(config, step, feed.steps_per_epoch, total) if step == end else Due()
             if now.row:
-                results = evaluation.run(state, step) if now.evaluation else {}
+                results = evaluation.evaluate(state, step) if now.evaluation else {}
                 row = new_row(config, setup, step, state, reporter.history)
                 reporter.add(row, {"train_": state.sums} | results)
                 state = clear_sums(setup, state)
@@ -105,8 +105,8 @@ def compile_update(config: Any, setup: Setup) -> None:
 def clean_up(
     stop: StopRequest, saver: Saver, reporter: Reporter, feed: Feed
 ) -> contextlib.ExitStack:
-    """Whatever fails: ends the feed's threads, the log, the writing, and the signal handlers."""
-    stack = contextlib.ExitStack()  # runs the last of these first
+    """On exit, also after an error: ends background work and restores the signal handlers."""
+    stack = contextlib.ExitStack()  # the last of these runs first
     stack.callback(stop.uninstall)
     stack.push(saver.wait_unless_in_a_hurry)
     stack.callback(reporter.close)
@@ -114,10 +114,10 @@ def clean_up(
     return stack
 
 
-def advance(
-    feed: Feed, state: TrainState, step: int, end: int, stop: StopRequest
+def update_until(
+    end: int, feed: Feed, state: TrainState, step: int, stop: StopRequest
 ) -> tuple[TrainState, int, bool]:
-    """Updates until step ``end`` or a request to stop: the state, its step, whether to stop."""
+    """Updates until step ``end`` or a request to stop; returns state, step and whether to stop."""
     halting = stop.requested()
     while step < end and not halting:
         n = feed.stride or end - step
@@ -130,7 +130,7 @@ def finish(state: TrainState, saver: Saver, evaluation: Evaluation, reporter: Re
     """Completes the folder: plots come last, once everything else is on disk."""
     saver.wait()
     evaluation.save_results(state)
-    reporter.finish()
+    reporter.save_curves()
     processes.wait_for_all("finished")
 
 

@@ -48,7 +48,7 @@ class Reporter:
         self._speed = 0.0
         self._progress.start()
 
-    def advance(self, step: int, batch_size: int) -> None:
+    def show_progress(self, step: int, batch_size: int) -> None:
         """Moves the progress bar; the first call, after compilation, starts the clock."""
         now = time.perf_counter()
         if self._mark is None:
@@ -102,8 +102,8 @@ class Reporter:
         if self._board is not None:
             self._board.close()
 
-    def finish(self) -> None:
-        """Draws the curves."""
+    def save_curves(self) -> None:
+        """Draws the curves of all metrics."""
         self.flush()
         if self._writes:
             plots.save_curves(self._workdir / "curves.png", self.history)

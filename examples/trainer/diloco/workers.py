@@ -82,7 +82,7 @@ def make_rounds(
     return rounds
 
 
-def run(config: Any, dataset: datasets.Dataset, every: int, learning_rate: float) -> Row:
+def train(config: Any, dataset: datasets.Dataset, every: int, learning_rate: float) -> Row:
     """Trains with an outer step after every ``every`` steps; 0 is fully synchronous."""
     check_workers(config)
     check_sizes(config, dataset)
@@ -163,6 +163,6 @@ def table(config: Any) -> list[Row]:
     rows = []
     for every in (0, *local.every):
         rate = local.learning_rate if every else config.learning_rate
-        rows.append(run(config, dataset, every, rate))
+        rows.append(train(config, dataset, every, rate))
         print("{:22} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
     return rows
