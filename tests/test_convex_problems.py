@@ -20,7 +20,7 @@ NAMES = (
     "non-negative, diabetes",
     "one-class SVM, breast cancer",
     "logistic, breast cancer",
-    "logistic, digits",
+    pytest.param("logistic, digits", marks=pytest.mark.slow),
 )
 
 
@@ -67,6 +67,7 @@ def test_where_no_plot_can_be_saved(tmp_path, monkeypatch, capsys, path, message
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["convex", "multi_device"])
 def test_help_starts_nothing(program):
     result = subprocess.run(

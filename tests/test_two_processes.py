@@ -8,6 +8,7 @@ import sys
 
 import chex
 import numpy as np
+import pytest
 import together
 from test_parallel import alone
 
@@ -18,6 +19,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_steps_and_replicas_of_two_processes(tmp_path):
     """``train_step``, ``zero1`` and ``replicas_in_sync`` on arrays that no process holds whole."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PJRT_NPROC": "32"}

@@ -26,7 +26,7 @@ def define_flags(values: flags.FlagValues) -> None:
     number("num_processes", None, "The number of processes that train together.", **into)
     number("process_id", None, "The number of this process, from 0.", **into)
     number("heartbeat", 30, "Seconds of silence after which a process counts as lost.", **into)
-    what = "Take these numbers from SLURM, Kubernetes, MPI or the TPU pod."
+    what = "Take coordinator and numbers from SLURM, Kubernetes, MPI or the TPU pod."
     flags.DEFINE_bool("distributed", False, what, **into)
     flags.mark_flags_as_required(["config", "workdir"], values)
 

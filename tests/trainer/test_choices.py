@@ -39,6 +39,7 @@ def values_like(value):
     return st.lists(st.integers(-3, 300) | st.text(max_size=2), max_size=4).map(tuple)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_value_works_or_is_a_user_error(data):

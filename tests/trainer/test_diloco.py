@@ -27,6 +27,7 @@ def config(tmp_path):
     return config
 
 
+@pytest.mark.slow
 def test_the_table(config, capsys):
     rows = workers.table(config)
     assert [row.every for row in rows] == [1, 1, 4]
@@ -36,6 +37,7 @@ def test_the_table(config, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_workers_as_devices_agree_and_send_the_bytes_of_the_table(config, monkeypatch):
     """shard_map over eight devices: vmap's numbers, and no collective but the mean of params."""
     dataset, texts, jit = datasets.load(config), [], workers.jit
@@ -115,6 +117,7 @@ def test_a_config_without_workers():
         workers.table(mlp.get_config())
 
 
+@pytest.mark.slow
 def test_other_optimizers_take_the_place_of_nag(config, capsys):
     config.optimizer.name, config.learning_rate = "adam", 0.01
     config.local.update(every=(4,), learning_rate=0.01)

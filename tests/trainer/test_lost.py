@@ -19,6 +19,8 @@ from examples.trainer.run.checkpoints import Checkpoints
 from trainer import forks
 from trainer.helpers import arrays_in, assert_same_end, rows_of, steps_in, stopped, tree_of
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, STEPS, LAST = 5, 11, 55
 DIGITS = ["--config.tensorboard=False", f"--config.num_epochs={EPOCHS}"]
 DIGITS += ["--config.model.hidden_sizes=(16,)", "--config.checkpoint_every=2"]

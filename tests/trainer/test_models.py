@@ -167,6 +167,7 @@ def test_shift_moves_each_image_by_its_own_offset():
     assert len(offsets) > 15
 
 
+@pytest.mark.slow
 def test_zoom_keeps_size_and_range():
     zoomed = augment.random_zoom(jax.random.key(0), IMAGES, 0.3)
     assert zoomed.shape == IMAGES.shape

@@ -18,6 +18,8 @@ from examples.trainer.data.shard_writer import write_shards
 from trainer import forks
 from trainer.helpers import arrays_in, assert_same_end, rows_of, steps_in, stopped
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, STEPS = 3, 6
 OPTIONS = ["--config.tensorboard=False", f"--config.num_epochs={EPOCHS}", "--config.log_every=1"]
 OPTIONS += ["--config.model.hidden_sizes=(16,)", "--config.checkpoint_every=2", "--config.keep=9"]

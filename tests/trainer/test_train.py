@@ -29,6 +29,7 @@ from trainer.helpers import (
 )
 
 
+@pytest.mark.slow
 def test_learns_digits_and_leaves_its_files(tmp_path):
     history = train.train_and_evaluate(config(num_epochs=12, tensorboard=True), tmp_path)
     assert history[-1]["test_accuracy"] >= 97.0
@@ -53,9 +54,13 @@ SHRUNK = {
     "gan": dict(dataset="digits"),
     "diloco": dict(batch_size=32),
 }
+SLOW = {"cnn", "diloco", "gan", "resnet", "rnn"}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES],
+)
 def test_every_recipe_trains_a_few_steps(tmp_path, name):
     shrunk = config(name, num_epochs=1, log_every=2, **SHRUNK.get(name, {}))
     shrunk.model.update(hidden_sizes=(8,), hidden=8, channels=(4,) * len(shrunk.model.channels))
@@ -129,6 +134,7 @@ def test_the_comment_in_the_default_config_lists_the_optimizers():
     assert sorted(names) == sorted(OPTIMIZERS)
 
 
+@pytest.mark.slow
 def test_the_fields_of_a_config_matter(tmp_path):
     """Each changed alone gives other numbers."""
     changes = [{}, {"seed": 1}, {"momentum": 0.6}, {"weight_decay": 0.1}, {"clip_norm": 0.1}]
@@ -143,6 +149,7 @@ def test_the_fields_of_a_config_matter(tmp_path):
     assert len(losses) == len(changes)
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path):
     first = train.train_and_evaluate(config(), tmp_path / "a")
     assert train.train_and_evaluate(config(), tmp_path / "b") == first
@@ -156,6 +163,7 @@ def test_epochs_see_every_sample_once_in_another_order():
     assert len({tuple(order) for order in orders}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "rnn"])
 def test_accumulated_micro_batches_are_the_large_batch(tmp_path, name):
     small = dict(num_epochs=1, keep_best=False, batch_size=64)
@@ -223,6 +231,7 @@ def restored(config, workdir):
     return state, dataset, task
 
 
+@pytest.mark.slow
 def test_batch_statistics_belong_to_the_evaluation_iterate(tmp_path):
     """After the refresh a BatchNorm layer standardizes its input at that iterate."""
     chosen = config("resnet", dataset="digits", num_epochs=1, augment={"flip": False, "shift": 0})
@@ -241,6 +250,7 @@ def test_batch_statistics_belong_to_the_evaluation_iterate(tmp_path):
     assert np.max(np.abs(old / within - 1)) > 0.3
 
 
+@pytest.mark.slow
 def test_shards_are_streamed_and_their_bad_records_counted(tmp_path, capsys):
     rng = np.random.default_rng(0)
     teacher = rng.standard_normal((6, 3))
@@ -308,7 +318,7 @@ def write_text(folder):
         ("mnist", write_dataset, "t10k-images-idx3-ubyte"),
         ("shards", write_small_shards, "train/x-00002.npy"),
         ("shards", write_small_shards, "test/x-00000.npy"),
-        ("text", write_text, "text"),
+        pytest.param("text", write_text, "text", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_resumes_only_with_its_own_data(tmp_path, capsys, dataset, write, changed):
@@ -348,12 +358,14 @@ def test_a_run_of_a_version_that_did_not_know_its_data(tmp_path, monkeypatch):
         train.train_and_evaluate(chosen, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_early_may_be_corrected(tmp_path):
     with pytest.raises(UserError, match=r"not finite in .* below 10000"):
         train.train_and_evaluate(config(learning_rate=1e4), tmp_path)
     assert train.train_and_evaluate(config(), tmp_path)[-1]["test_accuracy"] > 85
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped(tmp_path):
     skipping = config(learning_rate=1e4, nonfinite="skip", keep_best=False)
     train.train_and_evaluate(skipping, tmp_path)

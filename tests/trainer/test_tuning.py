@@ -65,6 +65,7 @@ def test_when_the_learning_rate_falls():
     assert stopping.learning_rate_scale(off, Accuracy, history("accuracy", values)) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "clip_norm"), [("nag", 0.0), ("nag", 1e3), ("adam", 0.0)])
 def test_a_plateau_lowers_the_rate_of_the_next_update(tmp_path, name, clip_norm):
     """At a change that nothing reaches, each evaluation after the first halves it."""
@@ -101,6 +102,7 @@ def test_a_run_that_ends_early_is_finished(tmp_path, capsys):
     assert "already finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_sweep_finds_a_rate_that_trains(tmp_path, capsys):
     chosen = config(find_lr=True)
     found = find_learning_rate(chosen, tmp_path)

@@ -18,6 +18,7 @@ from examples.trainer.data.streaming import (
 )
 from examples.trainer.errors import UserError, expand
 from examples.trainer.loop import steps
+from examples.trainer.run.state import TrainState
 
 _PROBE_BATCHES = 20  # enough for the statistics of pixels and of BatchNorm
 
@@ -45,7 +46,7 @@ class MemoryFeed:
         shape = self._batch_size, self.steps_per_epoch
         self._run = steps.make_run(update, *shape, self._fusions)
 
-    def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
+    def advance(self, state: TrainState, step: int, n: int) -> TrainState:
         """The state after n updates, all of them in the epoch of ``step``."""
         if step // self.steps_per_epoch != self._epoch:
             self._epoch = step // self.steps_per_epoch
@@ -87,7 +88,7 @@ class StreamFeed:
     def compile(self, update: Callable) -> None:
         self._update = jit(update, self._fusions, donate_argnums=0)
 
-    def advance(self, state: steps.TrainState, step: int, n: int) -> steps.TrainState:
+    def advance(self, state: TrainState, step: int, n: int) -> TrainState:
         for _ in range(n):
             state = self._update(state, self._layout.put_rows(next(self._stream)))
         return state
