@@ -15,7 +15,7 @@ from benchmarks import convex_problems
 ROOT = Path(__file__).parent.parent
 
 NAMES = (
-    "lasso, diabetes",
+    pytest.param("lasso, diabetes", marks=pytest.mark.slow),
     "elastic net, diabetes",
     "non-negative, diabetes",
     "one-class SVM, breast cancer",

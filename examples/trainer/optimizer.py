@@ -1,6 +1,8 @@
 """The optimizer that a config describes, and the hyperparameters it used, for the log.
 
-To add an optimizer, add a row to ``OPTIMIZERS`` and its name to the list in configs/default.py.
+To add an optimizer, add a row to ``OPTIMIZERS`` and its name to the list in configs/default.py. If
+it uses a field that only some optimizers use (such as ``optimizer.b2``), add it to that field in
+options/effects.py; tests/trainer/test_effects.py checks this.
 """
 
 from collections.abc import Callable

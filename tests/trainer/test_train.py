@@ -314,7 +314,7 @@ def write_text(folder):
 @pytest.mark.parametrize(
     ("dataset", "write", "changed"),
     [
-        ("mnist", write_dataset, "train-images-idx3-ubyte"),
+        pytest.param("mnist", write_dataset, "train-images-idx3-ubyte", marks=pytest.mark.slow),
         ("mnist", write_dataset, "t10k-images-idx3-ubyte"),
         ("shards", write_small_shards, "train/x-00002.npy"),
         ("shards", write_small_shards, "test/x-00000.npy"),

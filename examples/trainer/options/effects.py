@@ -43,6 +43,8 @@ def _never(fields: str, other: str, *values: Any, **more: Any) -> Rule:
 
 _NAG = ("nag", "averaged", "lookahead", "snoo")
 _NO_MOMENTUM = sorted(name for name, o in OPTIMIZERS.items() if o.momentum == "none")
+_OWN_RATE = sorted(name for name, o in OPTIMIZERS.items() if o.learning_rate == "found")
+_UNSCHEDULED = sorted(name for name, o in OPTIMIZERS.items() if o.learning_rate != "scheduled")
 _NO_SCHEDULE = "which uses no schedule of the learning rate"
 _SWEEP = "which makes config.sweep.steps updates at the rates of config.sweep and keeps nothing"
 _SWEEPS_IGNORE = (
@@ -66,12 +68,12 @@ _TABLE = (
     _only("optimizer.switch_step optimizer.transition_steps", "optimizer.name", "nag_then_sgd"),
     _only("optimizer.b2", "optimizer.name", "adam", "adamw", "nadam", "nadamw"),
     _never(
-        "learning_rate local.learning_rate", "optimizer.name", "nag_auto",
+        "learning_rate local.learning_rate", "optimizer.name", *_OWN_RATE,
         because="which finds its own",
     ),
-    _never("schedule", "optimizer.name", "nag_auto", "nag_then_sgd", because=_NO_SCHEDULE),
+    _never("schedule", "optimizer.name", *_UNSCHEDULED, because=_NO_SCHEDULE),
     _never(
-        "warmup_epochs", "optimizer.name", "nag_auto", "nag_then_sgd",
+        "warmup_epochs", "optimizer.name", *_UNSCHEDULED,
         because=_NO_SCHEDULE, unless=("momentum_schedule", "linear"),
     ),
     _never(
