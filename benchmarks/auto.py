@@ -24,8 +24,9 @@ from benchmarks import candidates
 from benchmarks.machine import describe_machine
 from benchmarks.readme import markdown, source, write_section
 from configs import cnn, mlp, rnn
-from examples import data, tasks
-from examples.compiling import jit
+from examples.trainer.compiling import jit
+from examples.trainer.data import datasets
+from examples.trainer.tasks.choose import make_task
 
 HERE = Path(__file__).parent
 RUNS = HERE / "results" / "auto.jsonl"
@@ -42,7 +43,7 @@ class Problem(NamedTuple):
     config: Any
     train: dict[str, jax.Array]
     test: dict[str, jax.Array]
-    dataset: data.Dataset
+    dataset: datasets.Dataset
     every: int  # steps between evaluations
     curve: int  # test samples of those evaluations
     rates: tuple[float, ...]  # of nag's grid
@@ -52,7 +53,7 @@ class Problem(NamedTuple):
 def digits() -> Problem:
     """The MLP recipe as it is."""
     config = mlp.get_config()
-    return _problem(config, data.load(config), 2, 360, _grid(0.005, 9), _grid(0.0005, 7))
+    return _problem(config, datasets.load(config), 2, 360, _grid(0.005, 9), _grid(0.0005, 7))
 
 
 def images() -> Problem:
@@ -61,11 +62,11 @@ def images() -> Problem:
     config.augment.update(flip=False, shift=0, zoom=0.0)
     config.model.update(channels=(8, 16), hidden=64)
     config.num_epochs = 4
-    dataset = halved(data.load(config), 24000, 10000)
+    dataset = halved(datasets.load(config), 24000, 10000)
     return _problem(config, dataset, 6, 2000, _grid(0.005, 8), _grid(0.0005, 7))
 
 
-def halved(whole: data.Dataset, train_samples: int, test_samples: int) -> data.Dataset:
+def halved(whole: datasets.Dataset, train_samples: int, test_samples: int) -> datasets.Dataset:
     """The first images of 28 x 28 pixels, at half the resolution."""
     half = lambda x: x.reshape(-1, 14, 2, 14, 2, 1).mean((2, 4)).astype(np.uint8)
     shrunk = lambda split, n: dict(x=half(split["x"][:n]), y=split["y"][:n])
@@ -80,13 +81,13 @@ def text() -> Problem:
     config: Any = rnn.get_config()
     config.model.update(hidden=64, embedding=32, length=32)
     config.num_epochs = 2
-    return _problem(config, data.load(config), 10, 500, _grid(0.125, 8), _grid(0.001, 7))
+    return _problem(config, datasets.load(config), 10, 500, _grid(0.125, 8), _grid(0.001, 7))
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {"mlp": digits, "cnn": images, "gru": text}
 
 
-def _problem(config: Any, dataset: data.Dataset, *rest: Any) -> Problem:
+def _problem(config: Any, dataset: datasets.Dataset, *rest: Any) -> Problem:
     put = functools.partial(jax.tree.map, jnp.asarray)
     return Problem(config, put(dataset.train), put(dataset.test), dataset, *rest)
 
@@ -111,7 +112,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             convention=config.optimizer.convention,
         )
-        self.task: Any = tasks.make(config, self.problem.dataset, jax.random.key(0))
+        self.task: Any = make_task(config, self.problem.dataset, jax.random.key(0))
         compiled = functools.partial(jit, fusions=config.cpu_fusions)
         self.step = compiled(self._one)
         self.many = compiled(
@@ -159,7 +160,7 @@ class Trainer:
 
     def run(self, seed: int, hyper: dict[str, float]) -> dict[str, Any]:
         begin = time.perf_counter()
-        task = tasks.make(self.problem.config, self.problem.dataset, jax.random.key(seed))
+        task = make_task(self.problem.config, self.problem.dataset, jax.random.key(seed))
         hyper = {name: jnp.float32(value) for name, value in hyper.items()}
         carry: Any = task.params, self.start(task.params, hyper)
         random = np.random.default_rng(seed)

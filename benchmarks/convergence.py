@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 import nag_jax
+from benchmarks import convex_problems
 from benchmarks.machine import describe_machine
 from benchmarks.readme import markdown, source, write_section
-from examples import convex
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "convergence.json"
@@ -37,7 +37,7 @@ def to_gaps(values: np.ndarray, low: float, gaps: tuple[float, ...]) -> list[int
     return [int(hits[0]) + 1 if len(hits) else None for hits in below]
 
 
-def hessian_products(problem: convex.Problem) -> int:
+def hessian_products(problem: convex_problems.Problem) -> int:
     """How many ``largest_curvature`` spends: calls of the loss, run eagerly."""
     calls = []
 
@@ -50,7 +50,7 @@ def hessian_products(problem: convex.Problem) -> int:
     return len(calls)
 
 
-def jaxopt_iterates(jaxopt: Any, problem: convex.Problem, **arguments: Any) -> jax.Array:
+def jaxopt_iterates(jaxopt: Any, problem: convex_problems.Problem, **arguments: Any) -> jax.Array:
     """Params of each iteration of its accelerated proximal gradient method."""
     # Under x64 optax's projections widen float32.
     prox = lambda v, _, step=1.0: (problem.prox(v, step) if problem.prox else v).astype(v.dtype)
@@ -67,7 +67,7 @@ def jaxopt_iterates(jaxopt: Any, problem: convex.Problem, **arguments: Any) -> j
     return jax.jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[1])(carry)
 
 
-def iterates(problem: convex.Problem, optimizer: Any) -> jax.Array:
+def iterates(problem: convex_problems.Problem, optimizer: Any) -> jax.Array:
     """The evaluated iterate of each step of an optax optimizer."""
     tx = optax.with_extra_args_support(optimizer)
 
@@ -84,8 +84,8 @@ def iterates(problem: convex.Problem, optimizer: Any) -> jax.Array:
 
 def measure(jaxopt: Any, name: str, dtype: str) -> list[dict[str, Any]]:
     """One row for each method on one problem; objectives are computed in float64."""
-    exact = next(p for p in convex.problems() if p.name == name)
-    problem = next(p for p in convex.problems(jnp.dtype(dtype)) if p.name == name)
+    exact = next(p for p in convex_problems.problems() if p.name == name)
+    problem = next(p for p in convex_problems.problems(jnp.dtype(dtype)) if p.name == name)
     lr = 1 / nag_jax.largest_curvature(problem.loss, problem.start)
     heads = nag_jax.proximal.prox_step(problem.prox, lr) if problem.prox else optax.sgd(lr)
     methods = {
@@ -126,7 +126,9 @@ def separable(jaxopt: Any) -> dict[str, Any]:
     loss = lambda p: jnp.mean(jnp.logaddexp(jnp.float32(0), margins @ p))
     nothing = lambda p: 0.0
     start = jnp.zeros(20, jnp.float32)
-    problem = convex.Problem("separable", loss, nothing, None, start, lambda: np.zeros(20), 0.0)
+    problem = convex_problems.Problem(
+        "separable", loss, nothing, None, start, lambda: np.zeros(20), 0.0
+    )
     lr = 1 / nag_jax.largest_curvature(loss, start)
     row = {}
     for name, xs in (
@@ -174,7 +176,7 @@ def per_gap(counts: list[int | None]) -> str:
 def main() -> None:
     jaxopt = importlib.import_module("jaxopt")
     jax.config.update("jax_enable_x64", True)
-    names = [problem.name for problem in convex.problems()]
+    names = [problem.name for problem in convex_problems.problems()]
     rows = [
         row for dtype in GAPS for name in names for row in measure(jaxopt, name, dtype)
     ]  # fmt: skip

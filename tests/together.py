@@ -1,4 +1,4 @@
-"""What each of two processes runs for test_processes.py, and writes into a JSON file.
+"""What each of two processes runs for test_two_processes.py, and writes into a JSON file.
 
 ``python tests/together.py PORT NUMBER FILE``
 """
