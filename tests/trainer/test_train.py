@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import nag_jax
 from examples.trainer.data import datasets
 from examples.trainer.data.shard_writer import write_shards
 from examples.trainer.errors import UserError
