@@ -67,16 +67,17 @@ def main(argv: list[str] | None = None) -> float:
 
     images, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = map(
-        jnp.asarray, train_test_split(images / 16, labels, test_size=360, random_state=0)
+        jnp.asarray,
+        train_test_split(images / 16, labels, test_size=360, stratify=labels, random_state=0),
     )
     steps = len(train_x) // BATCH_SIZE  # in an epoch
     schedule = optax.cosine_decay_schedule(options.learning_rate, options.epochs * steps)
     init_key, order_key = jax.random.split(jax.random.key(options.seed))
-    model = MLP(hidden=256, outputs=10)
+    model = MLP(hidden=128, outputs=10)
     state = TrainState.create(
         apply_fn=model.apply,
         params=model.init(init_key, train_x[:1])["params"],
-        tx=nag_jax.nag(schedule, momentum=0.9, convention="sutskever"),
+        tx=nag_jax.nag(schedule, momentum=0.9, convention="sutskever", weight_decay=1e-3),
     )
 
     accuracy = 0.0
