@@ -60,7 +60,7 @@ def test_docstrings(name):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", [n for n in vars(nag_jax) if callable(getattr(nag_jax, n))])
+@pytest.mark.parametrize("name", [n for n in nag_jax.__all__ if callable(getattr(nag_jax, n))])
 def test_public_functions_are_documented(name):
     documentation = getattr(nag_jax, name).__doc__
     assert documentation
