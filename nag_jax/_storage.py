@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from nag_jax._arithmetic import dtype_of, filled, map_gradients
+from nag_jax._arithmetic import dtype_of, filled, map_gradients, widened
 from nag_jax._blocks import BlockState, decode
 from nag_jax._checks import as_static, is_floating
 
@@ -66,9 +67,9 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
             return jnp.zeros_like(p, own)  # never of a weak type
         if jnp.issubdtype(own, jnp.complexfloating):
             floating = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
-            return jnp.zeros_like(p, jnp.promote_types(floating, jnp.complex64))
+            return jnp.zeros_like(p, np.promote_types(widened(floating), np.complex64))
         if math.prod(jnp.shape(p)) < min_size:
-            return jnp.zeros_like(p, jnp.promote_types(own, jnp.float32))
+            return jnp.zeros_like(p, widened(own))
         return jnp.zeros_like(p, dtype)
 
     return jax.tree_util.tree_map_with_path(zero, params)

@@ -4,9 +4,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from nag_jax._arithmetic import dtype_of, filled, map_gradients, varying_axes, wide
+from nag_jax._arithmetic import (
+    as_arrays,
+    dtype_of,
+    filled,
+    map_gradients,
+    mix,
+    varying_axes,
+    wide,
+    widened,
+)
 from nag_jax._checks import check_count, check_dtype, check_optimizer, given_params
 from nag_jax.kernel import OuterState
 
@@ -106,7 +116,7 @@ def outer(
         sync: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OuterState]:
-        params = given_params("outer", params)
+        params, state = given_params("outer", params), as_arrays(state)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
         steps = state.steps + 1
@@ -125,7 +135,7 @@ def outer(
             if axis_name is not None:
                 gradient = jax.lax.pmean(gradient, axis_name)
             moves, new_state = outer_optimizer.update(gradient, outer_state, slow)
-            moved = map_gradients(lambda move, s: _like(wide(s) + move, s), moves, slow)
+            moved = map_gradients(lambda move, s: _like(mix(1.0, s, 1.0, move), s), moves, slow)
             new_slow = filled(moved, slow)
             updates = map_gradients(
                 lambda u, p, s: _like(wide(s.astype(dtype_of(p))) - wide(p), u),
@@ -192,7 +202,7 @@ def _copy(p: Any, slow_dtype: Any) -> Any:
     dtype = dtype_of(p)
     if slow_dtype is not None:
         is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        dtype = jnp.promote_types(slow_dtype, jnp.complex64) if is_complex else slow_dtype
+        dtype = np.promote_types(widened(slow_dtype), np.complex64) if is_complex else slow_dtype
     if isinstance(p, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding)
     return jnp.array(p, dtype, copy=True)

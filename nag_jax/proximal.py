@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, root, real_like
 from nag_jax._checks import check_prox, check_range, given_params
 
 Prox = Callable[[Any, Any], Any]
@@ -81,7 +81,7 @@ def prox_step(
     ) -> tuple[optax.Updates, Any]:
         del extra_args
         params = given_params("prox_step", params)
-        lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
+        lr = learning_rate(jnp.asarray(state.step)) if callable(learning_rate) else learning_rate
         steps = proximal_step(prox, updates, params, lr)
         updates = map_gradients(lambda g, u: cast_like(u, g), updates, steps)
         if scheduled:
@@ -161,7 +161,7 @@ def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
     _check_numbers("strength", strength, 0.0)
 
     def prox(tree: Any, step: Any) -> Any:
-        norm = lambda z: jnp.sqrt(jnp.sum(jnp.abs(z) ** 2, axis=axis, keepdims=True))
+        norm = lambda z: root(jnp.sum(jnp.abs(z) ** 2, axis=axis, keepdims=True))
         return jax.tree.map(
             lambda z, weight: _shrink(z, norm(z), step * weight), tree, _spread(strength, tree)
         )
@@ -226,7 +226,7 @@ def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
 def _shrink(z: jax.Array, size: jax.Array, by: Any) -> jax.Array:
     """z with its ``size`` reduced by ``by``, to 0 at most."""
     safe = jnp.where(size > 0, size, 1)
-    return z * (jnp.maximum(size - real_like(by, size), 0) / safe)
+    return z * real_like(jnp.maximum(size - real_like(by, size), 0) / safe, z)
 
 
 def _check_numbers(name: str, tree: Any, low: float, *, high_closed: bool = False) -> None:
