@@ -27,9 +27,12 @@ class Storage(NamedTuple):
 
 def read(m: Any, memory: Any) -> Any:
     """The buffer to compute with."""
-    if isinstance(memory, BlockState):
-        return jax.tree.map(decode, m, memory.scales)
-    return m
+    if not isinstance(memory, BlockState):
+        return m
+    values = jax.tree.map(decode, m, memory.scales)
+    if not jax.tree.leaves(memory.derivative):
+        return values
+    return jax.tree.map(lambda x, zero: x + zero.astype(x.dtype), values, memory.derivative)
 
 
 def choose(accumulator_dtype: Any) -> Storage:

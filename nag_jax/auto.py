@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nag_jax import rules
+from nag_jax import _storage, rules
 from nag_jax._arithmetic import (
     applied,
     as_arrays,
@@ -161,7 +161,8 @@ def nag_auto(
 
         # Where params would come to rest without further steps: start + all steps/(1 - mu).
         ahead = lambda d, m: mix(1.0, d, mu / (1 - mu), m)
-        rest = jax.tree.map(ahead, state.moved, state.kernel.m)
+        velocity = _storage.read(state.kernel.m, state.kernel.storage)
+        rest = jax.tree.map(ahead, state.moved, velocity)
         way = root(dots(rest, rest))
         energy = dots(g, g)
         # A finite gradient with an infinite square must not end in the state; NaN stays NaN.
