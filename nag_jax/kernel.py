@@ -1,6 +1,5 @@
 """The kernel: one params-sized buffer and, each step, the scalars of a rule."""
 
-import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from jax.core import Tracer
 
 from nag_jax import _restarting
 from nag_jax import restart as conditions
-from nag_jax._arithmetic import cast_like, map_gradients
+from nag_jax._arithmetic import as_arrays, cast_like, cast_tree, map_gradients, mix
 from nag_jax._paths import at_paths, by_path, only_scalar
 from nag_jax.precision import storage as storages
 from nag_jax.rules.rule import Rule, Scalar
@@ -123,7 +122,9 @@ def accelerate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccelerateState]:
         del params
+        state = as_arrays(state)
         carry, c = rule.step(state.carry)
+        carry = cast_tree(carry, state.carry)
         old, seen = storages.read(state.m, state.storage), state.restart
         if condition is not None:
             fire, seen = _restarting.decide(
@@ -132,12 +133,13 @@ def accelerate(
             # No branch and no pass of its own over the buffer: the scalars become those of m' = 0.
             c = c._replace(beta=jnp.where(fire, 0, c.beta), kappa=jnp.where(fire, 0, c.kappa))
             fresh = rule.init() if rule.restart is None else rule.restart(carry)
-            carry = jax.tree.map(lambda a, b: jnp.where(fire, a, b), fresh, carry)
-        new = map_gradients(lambda u, m: _mix(c.beta, m, c.kappa, u), updates, old)
+            start = cast_tree(fresh, carry)
+            carry = jax.tree.map(lambda a, b: jnp.where(fire, a, b), start, carry)
+        new = map_gradients(lambda u, m: mix(c.beta, m, c.kappa, u), updates, old)
         m, memory = storage.store(new, state.m, state.storage)
         # From the stored buffer, so that x_eval = params + readout*m holds for rounded ones too.
         updates = map_gradients(
-            lambda u, m: cast_like(_mix(c.direct, u, c.lookahead, m), u),
+            lambda u, m: cast_like(mix(c.direct, u, c.lookahead, m), u),
             updates,
             storages.read(m, memory),
         )
@@ -150,21 +152,8 @@ def accelerate(
 
 def shifted(params: Any, m: Any, by: Scalar) -> Any:
     """``params + by*m``, in float32 at least, where ``m`` has a leaf; other leaves as they are."""
-    shift = lambda p, m: _mix(1.0, p, by, m).astype(jnp.result_type(p))
+    shift = lambda p, m: mix(1.0, p, by, m).astype(jnp.result_type(p))
     return at_paths(shift, params, by_path(m))
-
-
-def _mix(a: Scalar, x: jax.Array, b: Scalar, y: jax.Array) -> jax.Array:
-    """``a*x + b*y`` in float32 at least."""
-    dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
-    real = jnp.finfo(dtype).dtype
-    a, b = (float(c) if isinstance(c, int | float) else jnp.asarray(c, real) for c in (a, b))
-    constant = isinstance(a, float) and isinstance(b, float)
-    if constant and a == b != 1.0 and math.frexp(a)[0] == 0.5:
-        # XLA would write a*(x + y) for a power of 2, recompute it from the old buffer where params
-        # are updated, and so copy the donated buffer first (seen with jax 0.12 on CPU).
-        b = jax.lax.optimization_barrier(jnp.asarray(b, real))
-    return a * jnp.asarray(x, dtype) + b * jnp.asarray(y, dtype)
 
 
 def _warn_where_momentum_stalls(rule: Rule, m: Any) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import wide
+from nag_jax._arithmetic import real_like, wide
 from nag_jax._checks import check_count, check_optimizer, check_prox, check_range
 from nag_jax.evaluation import evaluated
 from nag_jax.methods.backtracking import backtracking
@@ -160,7 +160,7 @@ def largest_curvature(fun: Callable[[Any], Any], params: Any, *, max_steps: int 
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
     start = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=False)]
-    scale = lambda by, v: jax.tree.map(lambda x: (x * by).astype(x.dtype), v)
+    scale = lambda by, v: jax.tree.map(lambda x: (wide(x) * real_like(by, x)).astype(x.dtype), v)
     unit = lambda v, size: scale(1 / jnp.where(size > 0, size, 1), v)
 
     def body(carry: Any) -> Any:

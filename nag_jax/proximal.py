@@ -21,14 +21,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like
-from nag_jax._checks import (
-    check_projection,
-    check_prox,
-    check_range,
-    check_trainable,
-    given_params,
-)
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like, root
+from nag_jax._checks import check_projection, check_prox, check_range, check_trainable, given_params
 
 Prox = Callable[[Any, Any], Any]
 
@@ -99,7 +93,7 @@ def prox_step(
     ) -> tuple[optax.Updates, ProxStepState]:
         del extra_args
         params = given_params("prox_step", params)
-        lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
+        lr = learning_rate(jnp.asarray(state.step)) if callable(learning_rate) else learning_rate
         steps = proximal_step(prox, updates, params, lr)
         updates = map_gradients(lambda g, u: cast_like(u, g), updates, steps)
         return updates, ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
@@ -215,7 +209,7 @@ def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
     _check_entries("strength", strength, 0.0)
 
     def prox(tree: Any, step: Any) -> Any:
-        norm = lambda z: jnp.sqrt(jnp.sum(jnp.abs(z) ** 2, axis=axis, keepdims=True))
+        norm = lambda z: root(jnp.sum(jnp.abs(z) ** 2, axis=axis, keepdims=True))
         norms = jax.tree.map(norm, tree)
         shrink = lambda z, size, weight: _shrink(z, size, step * weight)
         return jax.tree.map(shrink, tree, norms, _spread("strength", strength, norms))
@@ -314,7 +308,7 @@ def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
 def _shrink(z: jax.Array, size: jax.Array, by: Any) -> jax.Array:
     """z with its ``size`` reduced by ``by``, to 0 at most."""
     safe = jnp.where(size > 0, size, 1)
-    return z * (jnp.maximum(size - real_like(by, size), 0) / safe)
+    return z * real_like(jnp.maximum(size - real_like(by, size), 0) / safe, z)
 
 
 def _check_entries(name: str, tree: Any, low: float, *, high_closed: bool = False) -> None:

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide_zeros
+from nag_jax._arithmetic import (
+    applied,
+    as_arrays,
+    filled,
+    map_gradients,
+    real_like,
+    wide_zeros,
+)
 from nag_jax._checks import check_optimizer, check_range, check_trainable, given_params
 from nag_jax._paths import only_scalar
 from nag_jax.kernel import shifted
@@ -85,6 +92,7 @@ def averaged(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AverageState]:
         params = given_params("averaged", params)
+        state = as_arrays(state)
         offset, steps, memory = state
         updates, memory = inner.update(updates, memory, params, **extra_args)
         k = steps.astype(float)

@@ -10,6 +10,7 @@ import optax
 from nag_jax import _restarting
 from nag_jax import restart as conditions
 from nag_jax._arithmetic import (
+    as_arrays,
     cast_like,
     dtype_of,
     filled,
@@ -169,6 +170,7 @@ def backtracking(
                 "backtracking needs params, value and value_fn: call optimizer.update(gradients, "
                 "state, params, value=value, grad=gradients, value_fn=loss)"
             )
+        state = as_arrays(state)
         g, carry = updates, state
         real = carry.learning_rate.dtype
         dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(real)

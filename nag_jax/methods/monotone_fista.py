@@ -9,6 +9,7 @@ import optax
 
 from nag_jax._arithmetic import (
     applied,
+    as_arrays,
     cast_like,
     filled,
     map_gradients,
@@ -85,6 +86,7 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
     ) -> tuple[optax.Updates, MonotoneState]:
         del extra_args
         params = given_params("monotone_fista", params)
+        state = as_arrays(state)
         t, best = state.t, state.best
         steps = map_gradients(wide, updates)
         z = filled(map_gradients(lambda u, p: wide(p) + u, steps, params), params)

@@ -10,10 +10,14 @@ import optax
 from nag_jax import rules
 from nag_jax._arithmetic import (
     applied,
+    as_arrays,
     cast_like,
     filled,
     map_gradients,
+    mix,
+    ratio,
     real_like,
+    root,
     trained,
     wide,
     wide_zeros,
@@ -22,6 +26,7 @@ from nag_jax._checks import check_choice, check_range, given_params
 from nag_jax._restarting import inner_products
 from nag_jax.kernel import accelerate
 from nag_jax.methods.averaged import averaged
+from nag_jax.precision import storage as _storage
 from nag_jax.rules.rule import at_step, check_momentum
 
 _FIRST = 0.01  # the first distance, in units of 1 + the norm of the parameters
@@ -150,6 +155,7 @@ def nag_auto(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AutoState]:
         del extra_args
+        state = as_arrays(state)
         params = trained(given_params("nag_auto", params), state.moved)
         real = state.distance.dtype
         mu = jnp.asarray(at_step(momentum, state.steps), real)
@@ -161,9 +167,10 @@ def nag_auto(
             return jnp.stack([*each, sum(each, jnp.zeros([], real))])
 
         # Where params would come to rest without further steps: start + all steps/(1 - mu).
-        ahead = lambda d, m: d + real_like(mu / (1 - mu), m) * wide(m)
-        rest = jax.tree.map(ahead, state.moved, state.kernel.m)
-        way = jnp.sqrt(dots(rest, rest))
+        ahead = lambda d, m: mix(1.0, d, mu / (1 - mu), m)
+        velocity = _storage.read(state.kernel.m, state.kernel.storage)
+        rest = jax.tree.map(ahead, state.moved, velocity)
+        way = root(dots(rest, rest))
         energy = dots(g, g)
         # A finite gradient with an infinite square must not end in the state; NaN stays NaN.
         overflow = jnp.isinf(energy[-1])
@@ -171,15 +178,15 @@ def nag_auto(
         squares = jnp.minimum(state.squares + energy, jnp.finfo(real).max)
         # A leaf counts from its first gradient on, so that frozen ones change nothing.
         fresh = state.squares == 0
-        sizes = jnp.where(fresh & (energy > 0), jnp.sqrt(dots(params, params)), state.size)[:-1]
-        size = jnp.append(sizes, jnp.linalg.norm(sizes))
-        straight = _ratio(2 * state.progress, (1 - mu) * way)
+        sizes = jnp.where(fresh & (energy > 0), root(dots(params, params)), state.size)[:-1]
+        size = jnp.append(sizes, root(jnp.sum(sizes**2)))
+        straight = ratio(2 * state.progress, (1 - mu) * way)
         reach = jnp.maximum(straight, _SHARE * jnp.minimum(way, _MOST * size))
-        growth = 1 + _GROWTH * _ratio(energy, squares)
+        growth = 1 + _GROWTH * ratio(energy, squares)
         grown = jnp.clip(reach, state.distance, growth * state.distance)
         distance = jnp.where(fresh, _FIRST * (1 + size), grown)
-        rate = _PACE * (1 - mu) * _ratio(distance, jnp.sqrt(squares))
-        rates = jnp.where(overflow, 0, factor * jnp.sqrt(rate[:-1] * rate[-1]))
+        rate = _PACE * (1 - mu) * ratio(distance, root(squares))
+        rates = jnp.where(overflow, 0, factor * root(rate[:-1] * rate[-1]))
         along = dots(g, state.moved)[:-1]
         # Orders the sums before the first change of a buffer: else XLA copies what is donated.
         rates = jnp.where(jnp.isnan(along), along, rates)
@@ -200,7 +207,7 @@ def nag_auto(
             distance=distance,
             squares=squares,
             progress=state.progress + jnp.append(gains, jnp.sum(gains)),
-            learning_rate=jnp.sqrt(_ratio(length, energy[-1])),
+            learning_rate=root(ratio(length, energy[-1])),
             kernel=memory,
         )
 
@@ -214,8 +221,3 @@ def _elements(vector: jax.Array, steps: jax.Array) -> list[jax.Array]:
     zero = jnp.minimum(steps, 0)
     indices = [(np.array([i, 0], np.int32) + zero)[0] for i in range(len(vector))]
     return [jax.lax.dynamic_index_in_dim(vector, i, keepdims=False) for i in indices]
-
-
-def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a/b, and 0 where b is 0."""
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)

@@ -8,10 +8,12 @@ import optax
 from jax.core import Tracer
 
 from nag_jax._arithmetic import (
+    as_arrays,
     buffer_dtype,
     dtype_of,
     filled,
     map_gradients,
+    mix,
     varying_axes,
     wide,
 )
@@ -138,7 +140,7 @@ def outer(
         sync: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OuterState]:
-        params = given_params("outer", params)
+        params, state = given_params("outer", params), as_arrays(state)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
         steps = jnp.asarray(optax.safe_increment(state.steps))
@@ -157,7 +159,7 @@ def outer(
             if axis_name is not None:
                 gradient = jax.lax.pmean(gradient, axis_name)
             moves, new_state = outer_optimizer.update(gradient, outer_state, slow)
-            moved = map_gradients(lambda move, s: _like(wide(s) + move, s), moves, slow)
+            moved = map_gradients(lambda move, s: _like(mix(1.0, s, 1.0, move), s), moves, slow)
             new_slow = filled(moved, slow)
             updates = map_gradients(
                 lambda u, p, s: _like(wide(s.astype(dtype_of(p))) - wide(p), u),

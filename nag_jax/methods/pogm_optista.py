@@ -20,10 +20,11 @@ import optax
 from nag_jax._arithmetic import (
     applied,
     apply_prox,
+    as_arrays,
     cast_like,
     filled,
     map_gradients,
-    real_like,
+    mix,
     wide,
     wide_zeros,
 )
@@ -177,13 +178,13 @@ def _method(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, CompositeState]:
         del extra_args
+        state = as_arrays(state)
         params, k = given_params(name, params), state.steps
         row = jnp.asarray(table, float)[jnp.minimum(k, len(table) - 1)]
         gamma, shift, direct, pull, beta, kappa = row
         lr = gamma * at_step(learning_rate, k)
-        mix = lambda a, x, b, y: real_like(a, x) * x + real_like(b, y) * y
         point = map_gradients(
-            lambda g, p, m: wide(p) + mix(shift, m, -lr, wide(g)), updates, params, state.m
+            lambda g, p, m: wide(p) + mix(shift, m, -lr, g), updates, params, state.m
         )
         after = apply_prox(prox, point, lr)
         v = map_gradients(lambda g, p, x: wide(x) - wide(p), updates, params, after)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nag_jax._arithmetic import buffer_dtype, dtype_of, filled, map_gradients
+from nag_jax._arithmetic import buffer_dtype, dtype_of, filled, map_gradients, widened
 from nag_jax._checks import as_static, check_trainable, is_inexact
 from nag_jax.precision.blocks import BlockState, decode
 
@@ -26,9 +26,12 @@ class Storage(NamedTuple):
 
 def read(m: Any, memory: Any) -> Any:
     """The buffer to compute with."""
-    if isinstance(memory, BlockState):
-        return jax.tree.map(decode, m, memory.scales)
-    return m
+    if not isinstance(memory, BlockState):
+        return m
+    values = jax.tree.map(decode, m, memory.scales)
+    if not jax.tree.leaves(memory.derivative):
+        return values
+    return jax.tree.map(lambda x, zero: x + zero.astype(x.dtype), values, memory.derivative)
 
 
 def choose(accumulator_dtype: Any) -> Storage:
@@ -61,7 +64,7 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
         if dtype is None:
             return jnp.zeros_like(p, own)  # never of a weak type
         if math.prod(jnp.shape(p)) < min_size and not jnp.issubdtype(own, jnp.complexfloating):
-            return jnp.zeros_like(p, jnp.promote_types(own, jnp.float32))
+            return jnp.zeros_like(p, widened(own))
         return jnp.zeros_like(p, buffer_dtype(own, dtype))
 
     return jax.tree.map(zero, params)

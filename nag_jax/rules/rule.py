@@ -61,9 +61,13 @@ def first_step() -> jax.Array:
 
 
 def at_step(value: optax.ScalarOrSchedule, k: jax.Array) -> Any:
-    """The number itself, or the schedule's value at integer step ``k``."""
+    """The Python number itself, else an array of the default float dtype.
+
+    ``k`` is the integer step, of which ``value`` may be a schedule.
+    """
     # Widened to the default integer: under x64 an int32 step would make schedules float32.
-    return value(k.astype(int)) if callable(value) else value
+    at = value(k.astype(int)) if callable(value) else value
+    return at if isinstance(at, int | float) else jnp.asarray(at, float)
 
 
 def check_momentum(momentum: optax.ScalarOrSchedule) -> None:

@@ -257,8 +257,9 @@ def srsgd(period: optax.ScalarOrSchedule = 100) -> Rule:
 
     def step(carry: Any) -> tuple[Any, Coefficients]:
         k, j = carry
-        mu = (jnp.asarray(j, float) - 1) / (jnp.asarray(j, float) + 2)
-        after = jnp.where(j + 1 < at_step(period, k), j + 1, 1)
+        i = jnp.asarray(j, float)
+        mu = (i - 1) / (i + 2)
+        after = jnp.where(i + 1 < at_step(period, k), j + 1, 1)
         return (optax.safe_increment(k), after), Coefficients(beta=mu, kappa=mu)
 
     return Rule(lambda: (first_step(), first_step() + 1), step, lambda c: (c[0], first_step() + 1))
