@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 import nag_jax
+from benchmarks import convex_problems
 from benchmarks.machine import describe_machine
-from benchmarks.readme import source, write_section
-from examples import convex
+from benchmarks.readme import markdown, source, write_section
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "convergence.json"
@@ -37,7 +37,7 @@ def to_gaps(values: np.ndarray, low: float, gaps: tuple[float, ...]) -> list[int
     return [int(hits[0]) + 1 if len(hits) else None for hits in below]
 
 
-def hessian_products(problem: convex.Problem) -> int:
+def hessian_products(problem: convex_problems.Problem) -> int:
     """How many ``largest_curvature`` spends: calls of the loss, run eagerly."""
     calls = []
 
@@ -50,7 +50,7 @@ def hessian_products(problem: convex.Problem) -> int:
     return len(calls)
 
 
-def jaxopt_iterates(jaxopt: Any, problem: convex.Problem, **arguments: Any) -> jax.Array:
+def jaxopt_iterates(jaxopt: Any, problem: convex_problems.Problem, **arguments: Any) -> jax.Array:
     """Params of each iteration of its accelerated proximal gradient method."""
     # Under x64 optax's projections widen float32.
     prox = lambda v, _, step=1.0: (problem.prox(v, step) if problem.prox else v).astype(v.dtype)
@@ -67,7 +67,7 @@ def jaxopt_iterates(jaxopt: Any, problem: convex.Problem, **arguments: Any) -> j
     return jax.jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[1])(carry)
 
 
-def iterates(problem: convex.Problem, optimizer: Any) -> jax.Array:
+def iterates(problem: convex_problems.Problem, optimizer: Any) -> jax.Array:
     """The evaluated iterate of each step of an optax optimizer."""
     tx = optax.with_extra_args_support(optimizer)
 
@@ -76,8 +76,7 @@ def iterates(problem: convex.Problem, optimizer: Any) -> jax.Array:
         value, g = jax.value_and_grad(problem.loss)(params)
         updates, state = tx.update(g, state, params, value=value, grad=g, value_fn=problem.loss)
         params = optax.apply_updates(params, updates)
-        accelerated = optax.tree.get(state, "readout") is not None
-        return (params, state), nag_jax.eval_params(params, state) if accelerated else params
+        return (params, state), nag_jax.eval_params(params, state)
 
     carry = problem.start, tx.init(problem.start)
     return jax.jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[1])(carry)
@@ -85,8 +84,8 @@ def iterates(problem: convex.Problem, optimizer: Any) -> jax.Array:
 
 def measure(jaxopt: Any, name: str, dtype: str) -> list[dict[str, Any]]:
     """One row for each method on one problem; objectives are computed in float64."""
-    exact = next(p for p in convex.problems() if p.name == name)
-    problem = next(p for p in convex.problems(jnp.dtype(dtype)) if p.name == name)
+    exact = next(p for p in convex_problems.problems() if p.name == name)
+    problem = next(p for p in convex_problems.problems(jnp.dtype(dtype)) if p.name == name)
     lr = 1 / nag_jax.largest_curvature(problem.loss, problem.start)
     heads = nag_jax.proximal.prox_step(problem.prox, lr) if problem.prox else optax.sgd(lr)
     methods = {
@@ -127,7 +126,9 @@ def separable(jaxopt: Any) -> dict[str, Any]:
     loss = lambda p: jnp.mean(jnp.logaddexp(jnp.float32(0), margins @ p))
     nothing = lambda p: 0.0
     start = jnp.zeros(20, jnp.float32)
-    problem = convex.Problem("separable", loss, nothing, None, start, lambda: np.zeros(20), 0.0)
+    problem = convex_problems.Problem(
+        "separable", loss, nothing, None, start, lambda: np.zeros(20), 0.0
+    )
     lr = 1 / nag_jax.largest_curvature(loss, start)
     row = {}
     for name, xs in (
@@ -145,32 +146,37 @@ def separable(jaxopt: Any) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    show = lambda n: "-" if n is None else str(n)
-    lines = [
-        source(results),
-        "",
-        "| problem | dtype | method | 1e-3 | 1e-6 | 1e-9 | Hessian products |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
+    """Gradients of each method, a row for each problem, and what happens on separable data."""
+    methods = dict.fromkeys(row["method"] for row in results["rows"])
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in results["rows"]:
-        counts = [show(n) for n in row["gradients"]] + [""] * (3 - len(row["gradients"]))
-        lines.append(
-            f"| {row['problem']} | {row['dtype']} | {row['method']} | "
-            f"{' | '.join(counts)} | {row['hessian_products'] or ''} |"
-        )
-    lines += ["", f"Separable logistic regression, float32, {results['steps']} iterations:", ""]
-    for name, row in results["separable"].items():
-        end = row["first_not_finite"]
-        state = "finite throughout" if end is None else f"not finite from iteration {end} on"
-        lines.append(f"* {name}: {state}, last finite loss {row['last_finite_loss']:.1e}")
-    return "\n".join(lines)
+        found.setdefault((row["problem"], row["dtype"]), {})[row["method"]] = row
+    body = []
+    for (problem, dtype), rows in found.items():
+        cells = [per_gap(rows[m]["gradients"]) if m in rows else "" for m in methods]
+        products = max(row["hessian_products"] for row in rows.values())
+        body.append([problem, dtype, *cells, products])
+    separable = [
+        [name, row["first_not_finite"] or "never", f"{row['last_finite_loss']:.1e}"]
+        for name, row in results["separable"].items()
+    ]
+    head = ["separable logistic regression, float32", "not finite from", "last finite loss"]
+    return (
+        f"{source(results)} At most {results['steps']} steps.\n\n"
+        f"{markdown(['problem', 'dtype', *methods, 'Hessian products'], body, 2)}\n\n"
+        f"{markdown(head, separable)}"
+    )
+
+
+def per_gap(counts: list[int | None]) -> str:
+    """The counts of one method, the largest gap first."""
+    return " / ".join("-" if n is None else str(n) for n in counts)
 
 
 def main() -> None:
     jaxopt = importlib.import_module("jaxopt")
     jax.config.update("jax_enable_x64", True)
-    names = [problem.name for problem in convex.problems()]
+    names = [problem.name for problem in convex_problems.problems()]
     rows = [
         row for dtype in GAPS for name in names for row in measure(jaxopt, name, dtype)
     ]  # fmt: skip

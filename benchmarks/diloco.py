@@ -1,4 +1,4 @@
-"""The table of ``examples.diloco`` as a result file: ``python -m benchmarks.diloco``.
+"""The table of ``examples.trainer.diloco`` as a result file: ``python -m benchmarks.diloco``.
 
 Writes benchmarks/results/diloco.json.
 """
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from benchmarks.machine import describe_machine
 from configs import diloco as recipe
-from examples import diloco
+from examples.trainer.diloco import workers
 
 _RESULT = Path(__file__).parent / "results" / "diloco.json"
 
 
 def main() -> None:
     config, start = recipe.get_config(), time.perf_counter()
-    rows = diloco.table(config)
+    rows = workers.table(config)
     result = describe_machine("benchmarks.diloco", ("jax", "optax", "flax"))
     result |= {"config": config.to_dict(), "results": [row._asdict() for row in rows]}
     result["seconds"] = round(time.perf_counter() - start)

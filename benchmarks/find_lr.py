@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.machine import describe_machine
-from examples import train
+from examples.trainer.loop.lr_finder import find_learning_rate
 
 RESULTS = Path(__file__).parent / "results" / "find_lr.json"
 
@@ -20,7 +20,7 @@ def main() -> None:
         config = import_module(f"configs.{name}").get_config()
         config.find_lr = True
         with tempfile.TemporaryDirectory() as folder:
-            found = train.find_learning_rate(config, Path(folder))
+            found = find_learning_rate(config, Path(folder))
         rows[name] = {"suggestion": found["suggestion"], "configured": config.learning_rate}
     about = describe_machine("benchmarks.find_lr", ("jax", "flax", "optax"))
     RESULTS.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

@@ -22,7 +22,8 @@ import nag_jax
 from benchmarks.machine import describe_machine
 from benchmarks.shapes import SHAPES
 from configs import cnn, mlp, rnn
-from examples import data, tasks
+from examples.trainer.data import datasets
+from examples.trainer.tasks.choose import make_task
 from nag_jax import rules
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
@@ -50,7 +51,7 @@ def recipes() -> dict[str, Any]:
 
 
 def train(config: Any, dataset: Any, seed: int, storage: str) -> float:
-    task = tasks.make(config, dataset, jax.random.key(seed))
+    task = make_task(config, dataset, jax.random.key(seed))
     count = len(dataset.train["x"])
     chosen = np.random.default_rng(seed).permutation(count)[: config.train_samples or None]
     arrays: Any = {key: jnp.asarray(rows[chosen]) for key, rows in dataset.train.items()}
@@ -108,8 +109,8 @@ def make_optimizer(config: Any, samples: int, seed: int, storage: str) -> Any:
         accumulator_dtype=STORAGES.get(storage, lambda seed: jnp.float32)(seed),
     )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    tail = PARAMS[storage]() if storage in PARAMS else optax.identity()
-    return optax.chain(clip, nag, tail)
+    tail = [PARAMS[storage]()] if storage in PARAMS else []
+    return optax.chain(clip, nag, *tail)
 
 
 def bytes_per_parameter(shapes: list[tuple[int, ...]], storage: Any) -> float:
@@ -151,7 +152,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     for name in arguments.only:
         config = recipes()[name]
-        dataset = data.load(config)
+        dataset = datasets.load(config)
         losses = {
             storage: [train(config, dataset, seed, storage) for seed in range(arguments.seeds)]
             for storage in (*STORAGES, *PARAMS)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import nag_jax
-from examples import convex
+from benchmarks import convex_problems
 from nag_jax import proximal
 
 
 class Known(NamedTuple):
     """A problem, L as the reference may know it, and the lowest value; float64."""
 
-    problem: convex.Problem
+    problem: convex_problems.Problem
     curvature: float
     low: float
 
@@ -41,7 +41,7 @@ def suite() -> dict[str, Callable[[], Known]]:
         "log-sum-exp, smooth": lambda: log_sum_exp(20.0),
         "log-sum-exp, sharp": lambda: log_sum_exp(1.0),
     }
-    return named | {p.name: lambda p=p: _known(p) for p in convex.problems()}
+    return named | {p.name: lambda p=p: _known(p) for p in convex_problems.problems()}
 
 
 def quadratic(kappa: float, n: int = 100) -> Known:
@@ -110,12 +110,14 @@ def log_sum_exp(rho: float) -> Known:
     return _known(problem, float(np.max(np.linalg.norm(hessians, 2, axis=(1, 2)))))
 
 
-def _smooth(name: str, loss: Callable[[Any], jax.Array], n: int) -> convex.Problem:
-    return convex.Problem(name, loss, lambda p: 0.0, None, jnp.zeros(n), lambda: np.zeros(n), 0.0)
+def _smooth(name: str, loss: Callable[[Any], jax.Array], n: int) -> convex_problems.Problem:
+    return convex_problems.Problem(
+        name, loss, lambda p: 0.0, None, jnp.zeros(n), lambda: np.zeros(n), 0.0
+    )
 
 
 def _known(
-    problem: convex.Problem, curvature: float | None = None, low: float | None = None
+    problem: convex_problems.Problem, curvature: float | None = None, low: float | None = None
 ) -> Known:
     """L at the start if none is given, and the lowest value that FISTA and Newton's method find."""
     if curvature is None:

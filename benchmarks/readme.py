@@ -1,7 +1,4 @@
-"""Generated parts of the READMEs: what stands between ``<!-- name -->`` and ``<!-- /name -->``.
-
-And what phrases with numbers are made of.
-"""
+"""The generated parts of pages: all between ``<!-- name -->`` and ``<!-- /name -->``."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +12,7 @@ def read_section(name: str, path: Path = PAGE) -> str:
 
 
 def write_section(name: str, text: str, path: Path = PAGE) -> None:
-    """Replaces what stands between the markers of that name."""
+    """Replaces the text between the markers of that name."""
     before, _, after = _split(name, path)
     path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
 
@@ -39,18 +36,8 @@ def markdown(head: list[str], rows: list[list[Any]], text_columns: int = 1) -> s
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def if_true(condition: Any, phrase: str) -> str:
-    return phrase if condition else f"(no longer true) {phrase}"
-
-
 def span(values: Iterable[float], digits: int = 1) -> str:
-    """From the least to the most."""
+    """The least and the largest value."""
     found = list(values)
     low, high = (f"{v:.{digits}f}" for v in (min(found), max(found)))
     return low if low == high else f"{low} to {high}"
-
-
-def joined(values: Iterable[Any], digits: int | None = None) -> str:
-    """a, b and c."""
-    texts = [str(v) if digits is None else f"{v:.{digits}f}" for v in values]
-    return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else texts[0]

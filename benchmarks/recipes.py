@@ -1,8 +1,8 @@
-"""Trains the recipes of configs/ as README's commands do, and keeps what came out.
+"""Trains the recipes of configs/ as in examples/trainer/README.md, and saves the results.
 
 ``python -m benchmarks.recipes [--only mlp linear ...]`` runs each command with each of its seeds in
 a new folder and a new process, one after the other, and replaces its row in results/recipes.json;
-``python -m benchmarks.tables`` makes README's table of it.
+``python -m benchmarks.tables`` makes the table in examples/trainer/README.md from it.
 """
 
 import argparse
@@ -45,7 +45,7 @@ RECIPES = {
 def train(options: str, seed: int) -> dict[str, Any]:
     """The last row of the run's log, and the seconds of its command."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "examples.train", *options.split()]
+        command = [sys.executable, "-m", "examples.trainer", *options.split()]
         command += [f"--config.seed={seed}", f"--workdir={folder}"]
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -75,7 +75,7 @@ def table(results: dict[str, Any]) -> str:
             [f"`{row['options']}`", last["step"], result, wall + "*" * bool(also), row["date"]]
         )
     head = [
-        "`python -m examples.train --workdir=FOLDER` with",
+        "`python -m examples.trainer --workdir=FOLDER` with",
         "steps",
         "test",
         "wall time",

@@ -23,8 +23,9 @@ import optax
 
 import nag_jax
 from benchmarks import problems
+from benchmarks.convergence import per_gap
 from benchmarks.machine import describe_machine
-from benchmarks.readme import source, write_section
+from benchmarks.readme import markdown, source, write_section
 
 RESULTS = Path(__file__).parent / "results" / "stepsizes.json"
 GAPS = (1e-6, 1e-9)
@@ -46,8 +47,7 @@ def evaluations(known: problems.Known, optimizer: Any, steps: int = STEPS) -> di
         value, g = jax.value_and_grad(problem.loss)(params)
         updates, state = tx.update(g, state, params, value=value, grad=g, value_fn=problem.loss)
         params = optax.apply_updates(params, updates)
-        accelerated = optax.tree.get(state, "readout") is not None
-        x: Any = nag_jax.eval_params(params, state) if accelerated else params
+        x: Any = nag_jax.eval_params(params, state)
         trials = optax.tree.get(state, "num_linesearch_steps")  # each a value and a gradient
         searched = searched + (1 if trials is None else trials)
         new = (problem.objective(x) - known.low <= gaps) & (hits[0] < 0)
@@ -106,28 +106,33 @@ def ratios(rows: list[dict[str, Any]], method: str, steps: int = STEPS) -> np.nd
     return filled[:, 0] / filled[:, 1]
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+def summary(results: dict[str, Any]) -> str:
+    """Gradients of each method relative to the reference, over all problems and both gaps."""
     rows = results["rows"]
-    show = lambda n: "-" if n is None else str(n)
-    lines = [
-        source(results),
-        "",
-        "| method | problems | median ratio to known L | largest | fewer gradients than known L |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    body = []
     for method in dict.fromkeys(row["method"] for row in rows):
         r = ratios(rows, method)
-        lines.append(
-            f"| {method} | {len(r)} | {np.median(r):.2f} | {r.max():.2f} | "
-            f"{np.sum(r < 1)} of {r.size} |"
-        )
-    lines += ["", "| problem | method | gradients to 1e-6 | 1e-9 | values to 1e-6 | 1e-9 |"]
-    lines += ["|---|---|---:|---:|---:|---:|"]
-    for row in rows:
-        counts = " | ".join(map(show, row["gradients"] + row["values"]))
-        lines.append(f"| {row['problem']} | {row['method']} | {counts} |")
-    return "\n".join(lines)
+        body.append([method, len(r), f"{np.median(r):.2f}", f"{r.max():.2f}",
+                     f"{np.sum(r < 1)} of {r.size}"])  # fmt: skip
+    head = ["method", "problems", "median ratio", "largest", "fewer gradients"]
+    return markdown(head, body)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The summary, and the counts on each problem."""
+    rows = results["rows"]
+    methods = dict.fromkeys(row["method"] for row in rows)
+    found = {(row["problem"], row["method"]): row for row in rows}
+    body = []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        cells = [
+            per_gap(found[problem, m]["gradients"]) if (problem, m) in found else ""
+            for m in methods
+        ]
+        body.append([problem, *cells, per_gap(found[problem, OURS]["values"])])
+    head = ["problem", *methods, f"values of {OURS}"]
+    steps = f"At most {results['steps']:,} steps; a run that does not arrive counts as that many"
+    return f"{source(results)} {steps}.\n\n{summary(results)}\n\n{markdown(head, body)}"
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ import optax
 
 import nag_jax
 from benchmarks.machine import describe_machine
-from examples.streaming import BatchStream, open_shards, write_shards
+from examples.trainer.data.shard_writer import write_shards
+from examples.trainer.data.shards import open_shards
+from examples.trainer.data.streaming import BatchStream
 
 FEATURES, CLASSES, BATCH, CHUNK, ROWS_PER_SHARD = 32, 10, 4096, 1 << 16, 1 << 19
 RESULT = Path(__file__).parent / "results" / "streaming.json"

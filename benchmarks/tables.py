@@ -1,4 +1,4 @@
-"""Writes the READMEs' tables from the result files: ``python -m benchmarks.tables``."""
+"""Writes the tables of the pages from the result files: ``python -m benchmarks.tables``."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,10 +9,11 @@ import numpy as np
 
 from benchmarks import auto, auto_factors, convergence, one_loop, recipes, step_time, stepsizes
 from benchmarks.readme import PAGE, markdown, source, write_section
-from benchmarks.speedup import report
+from benchmarks.speedup import claims, report
 
 RESULTS = Path(__file__).parent / "results"
-FRONT = PAGE.parent.parent / "README.md"
+ROOT = PAGE.parent.parent
+DOCS, TRAINER = ROOT / "docs", ROOT / "examples" / "trainer" / "README.md"
 PROGRAMS = {
     "mlp": "MLP 256-128, digits",
     "mlp on Fashion-MNIST": "MLP 256-128, Fashion-MNIST",
@@ -45,6 +46,7 @@ def streaming(results: dict[str, Any]) -> str:
 
 
 def diloco(results: dict[str, Any]) -> str:
+    """Loss and traffic for each period, and the losses under other settings."""
     rows = [
         [
             row["method"], row["every"] if row["method"] == "DiLoCo" else "",
@@ -52,21 +54,52 @@ def diloco(results: dict[str, Any]) -> str:
         ]
         for row in results["results"]
     ]  # fmt: skip
-    head = ["method", "H", "peak learning rate inside", "test loss", "bytes per step and worker"]
-    return f"{source(results)} {results['seconds']} s.\n\n{markdown(head, rows)}"
+    head = ["method", "H", "peak inner rate", "test loss", "bytes per step and worker"]
+    others = [
+        [
+            row["method"], row.get("every", ""), row["learning_rate"],
+            row.get("outer_learning_rate", ""), row.get("outer_momentum", ""), f"{row['loss']:.4f}",
+        ]
+        for row in json.loads((RESULTS / "diloco_settings.json").read_text())["rows"]
+    ]  # fmt: skip
+    config = results["config"]
+    settings = (
+        f"{config['local']['workers']} workers, batches of {config['batch_size']}, a model of "
+        f"{results['results'][0]['bytes_per_step'] / 4:,.0f} parameters; momentum "
+        f"{config['momentum']} inside, outer learning rate "
+        f"{config['local']['outer_learning_rate']} and momentum {config['local']['outer_momentum']}"
+    )
+    return (
+        f"{source(results)} {results['seconds']} s. {settings}.\n\n{markdown(head, rows)}\n\n"
+        "Other settings (`results/diloco_settings.json`):\n\n"
+        + markdown(["method", "H", "inner rate", "outer rate", "outer momentum", "loss"], others)
+    )
+
+
+STORAGES = {  # what to pass as accumulator_dtype
+    "float32": "`None` (float32 parameters)",
+    "bfloat16, nearest": "`jnp.bfloat16`",
+    "stochastic_bfloat16": "`stochastic_bfloat16()`",
+    "int8_blocks": "`int8_blocks()`",
+}
+
+
+def storages(results: dict[str, Any]) -> str:
+    """Bytes of state for each parameter, and the share of its limit that momentum reaches."""
+    sizes = results["bytes"]
+    head = ["`accumulator_dtype`", *(f"bytes per parameter, {model}" for model in sizes)]
+    head.append("share of its limit that momentum 0.9, 0.99, 0.999 reaches")
+    shares = results["shares_of_limit"]
+    body = [
+        [title, *(f"{of[key]:.2f}" for of in sizes.values()),
+         ", ".join(f"{100 * share:.0f}" for share in shares[key]) + " %"]
+        for key, title in STORAGES.items()
+    ]  # fmt: skip
+    return markdown(head, body)
 
 
 def precision(results: dict[str, Any]) -> str:
-    """Bytes of state a parameter, and losses relative to float32 with the same seed."""
-    sizes = results["bytes"]
-    head = ["momentum", *(f"bytes a parameter, {model}" for model in sizes)]
-    head.append("reaches, of the limit at momentum 0.9, 0.99, 0.999")
-    shares = results["shares_of_limit"]
-    reached = {name: ", ".join(f"{100 * s:.0f}" for s in shares[name]) for name in shares}
-    first = [
-        [name, *(f"{sizes[model][name]:.2f}" for model in sizes), f"{reached[name]} %"]
-        for name in next(iter(sizes.values()))
-    ]
+    """The same, and final losses relative to float32 with the same seed."""
     losses = results["losses"]
     seeds = {model: len(rows["float32"]) for model, rows in losses.items()}
     second = []
@@ -80,7 +113,7 @@ def precision(results: dict[str, Any]) -> str:
         second.append(line)
     titles = [f"{model}, {n} seeds" for model, n in seeds.items()]
     return (
-        f"{source(results)}\n\n{markdown(head, first)}\n\n"
+        f"{source(results)}\n\n{storages(results)}\n\n"
         f"`{results['losses_from']['command']}`, {results['losses_from']['date']}:\n\n"
         f"{markdown(['final loss relative to float32', *titles], second)}"
     )
@@ -117,9 +150,17 @@ def transposed(results: dict[str, Any]) -> str:
     """Steps per second of CPU time, with and without the transposition."""
     rows = results["results"]
     speeds = [f"{row['steps_per_cpu_second']:.1f}" for row in rows]
-    return f"{source(results)} Other jobs ran beside.\n\n" + markdown(
-        [row["way"] for row in rows], [speeds], text_columns=0
-    )
+    table = markdown([row["way"] for row in rows], [speeds], text_columns=0)
+    return f"{source(results)} Other jobs were running.\n\n{table}"
+
+
+def find_lr(results: dict[str, Any]) -> str:
+    """The suggested and the configured learning rate of each recipe."""
+    rows = [
+        [f"`configs/{name}.py`", f"{row['configured']:g}", f"{row['suggestion']:.3g}"]
+        for name, row in results["rows"].items()
+    ]
+    return f"{source(results)}\n\n{markdown(['recipe', 'configured', 'suggested'], rows)}"
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -127,6 +168,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "stepsizes": stepsizes.table,
     "auto": auto.table,
     "auto_factors": auto_factors.table,
+    "find_lr": find_lr,
     "step_time": steps,
     "one_loop": one_loop.table,
     "precision": precision,
@@ -140,15 +182,24 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def sections() -> Iterator[tuple[str, str, Path]]:
     """Name, text and page of everything that is generated."""
+    read = lambda name: json.loads((RESULTS / f"{name}.json").read_text())
     for name, table in SECTIONS.items():
-        yield name, table(json.loads((RESULTS / f"{name}.json").read_text())), PAGE
-    yield "recipes", recipes.table(json.loads(recipes.RESULTS.read_text())), FRONT
+        yield name, table(read(name)), PAGE
+    yield "storages", storages(read("precision")), DOCS / "precision.md"
+    yield "step sizes", stepsizes.summary(read("stepsizes")), DOCS / "step_sizes.md"
+    yield "recipes", recipes.table(read("recipes")), TRAINER
     found = report.load(RESULTS / "speedup")
-    if not found:
-        return
     for name, text in report.sections(found).items():
         yield name, text, PAGE
-    yield "verdict", report.verdict(found), FRONT
+    for name, text in {
+        "speedup study": claims.study(found),
+        "speedup verdict": report.verdict(found),
+        "speedup comparison": claims.comparison(found),
+        "speedup failures": report.failure_table(found),
+        "speedup momenta": report.momenta_table(found["autoencoder"]),
+        "speedup accuracies": report.accuracies(found),
+    }.items():
+        yield name, text, DOCS / "does_it_help.md"
 
 
 def main() -> None:

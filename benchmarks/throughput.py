@@ -22,24 +22,29 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 from benchmarks.machine import describe_machine
-from examples import data, feeds, optimizer, steps, tasks, train
-from examples.layout import Layout
+from examples.trainer.cluster.layout import Layout
+from examples.trainer.cluster.signals import StopRequest
+from examples.trainer.data import datasets
+from examples.trainer.loop import feeds, steps, train
+from examples.trainer.optimizer import make_optimizer
+from examples.trainer.run.state import TrainState
+from examples.trainer.tasks.choose import make_task
 
 _RESULT = Path(__file__).parent / "results" / "throughput.json"
 
 
-def prepared(config: Any, dataset: data.Dataset) -> tuple[feeds.MemoryFeed, steps.TrainState]:
+def prepared(config: Any, dataset: datasets.Dataset) -> tuple[feeds.MemoryFeed, TrainState]:
     """The trainer's feed with its compiled update, and the state to begin with."""
     layout = Layout(config.devices)
     feed = feeds.MemoryFeed(config, dataset, layout)
-    task = tasks.make(config, dataset, jax.random.key(0))
-    maker = optimizer.make(config, feed.steps_per_epoch, 10**6)
+    task = make_task(config, dataset, jax.random.key(0))
+    maker = make_optimizer(config, feed.steps_per_epoch, 10**6)
     feed.compile(steps.make_update(task, maker.transformation, 1, layout.constrain))
     state = steps.initial_state(task, maker.transformation, jax.random.key(1), feed.samples)
     return feed, layout.put_whole(state)
 
 
-def jax_runner(config: Any, dataset: data.Dataset) -> Callable[[int], None]:
+def jax_runner(config: Any, dataset: datasets.Dataset) -> Callable[[int], None]:
     """``run(n)`` makes n updates through the trainer's feed and waits for the device."""
     feed, state = prepared(config, dataset)
     position = 0
@@ -65,7 +70,7 @@ class TorchGRU(nn.Module):
         return self.logits(self.gru(self.embed(x))[0])
 
 
-def torch_model(config: Any, dataset: data.Dataset) -> nn.Module:
+def torch_model(config: Any, dataset: datasets.Dataset) -> nn.Module:
     model, outputs = config.model, len(dataset.names)
     if model.name == "gru":
         return TorchGRU(outputs, model.embedding, model.hidden)
@@ -83,7 +88,7 @@ def torch_model(config: Any, dataset: data.Dataset) -> nn.Module:
     )  # fmt: skip
 
 
-def torch_runner(config: Any, dataset: data.Dataset) -> Callable[[int], None]:
+def torch_runner(config: Any, dataset: datasets.Dataset) -> Callable[[int], None]:
     model = torch_model(config, dataset)
     decay, rate = config.weight_decay, config.learning_rate / 100
     sgd = torch.optim.SGD(
@@ -126,7 +131,7 @@ def torch_runner(config: Any, dataset: data.Dataset) -> Callable[[int], None]:
     return run
 
 
-def python_overhead(config: Any, dataset: data.Dataset, n: int = 2000) -> dict[str, float]:
+def python_overhead(config: Any, dataset: datasets.Dataset, n: int = 2000) -> dict[str, float]:
     """Milliseconds a step of the trainer's loop beyond the bare jitted call, on a tiny model."""
     feed, state = prepared(config, dataset)
     order = steps.epoch_order(state.key, 0, len(feed.samples["x"]))
@@ -138,16 +143,14 @@ def python_overhead(config: Any, dataset: data.Dataset, n: int = 2000) -> dict[s
             state = feed._run(state, feed.samples, order, 1)
         jax.block_until_ready(state)
         times["bare"].append(time.perf_counter() - start)
-        stop, step = train.StopRequest(), 0
+        stop, step = StopRequest(), 0
         start = time.perf_counter()
         while step < n:
             end = train.next_stop(config, step, feed.steps_per_epoch, n)
-            while step < end and not stop.requested():
-                state = feed.advance(state, step, 1)
-                step += 1
+            state, step, _ = train.update_until(end, feed, state, step, stop)
         jax.block_until_ready(state)
         times["loop"].append(time.perf_counter() - start)
-        stop.restore()
+        stop.uninstall()
     per_step = {name: 1e3 * min(values) / n for name, values in times.items()}
     return per_step | {"overhead_ms": per_step["loop"] - per_step["bare"]}
 
@@ -171,7 +174,7 @@ def work(pipe: Any, framework: str, model: str) -> None:
     """A process of its own for each framework: their idle threads would slow each other down."""
     torch.manual_seed(0)
     config = configured(model)
-    run = RUNNERS[framework](config, data.load(config))
+    run = RUNNERS[framework](config, datasets.load(config))
     steps_per_round = RECIPES[model]["steps"]
     run(steps_per_round)
     pipe.send("ready")
@@ -218,7 +221,7 @@ def main() -> None:
     config = import_module("configs.cnn").get_config()
     config.update(dict(dataset="digits", batch_size=8, model=dict(channels=(2, 2), hidden=4)))
     config.update(dict(augment=dict(flip=False, shift=0, zoom=0.0)))
-    results["python_overhead"] = python_overhead(config, data.load(config))
+    results["python_overhead"] = python_overhead(config, datasets.load(config))
     print(results["python_overhead"])
     report = describe_machine("benchmarks.throughput", ("jax", "flax", "torch"))
     report |= {"also_ran": arguments.also_ran, "results": results}

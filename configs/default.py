@@ -1,6 +1,7 @@
-"""Every field of a run, with its meaning; the other files override some of them.
+"""Every field of a config, with its meaning; the other files override some of them.
 
-Fields that a run has no use for may stay as they are, but are refused on the command line.
+Fields that do not apply to a run may keep their defaults; setting them on the command line is an
+error.
 """
 
 from typing import Any
@@ -39,11 +40,10 @@ def get_config() -> ConfigDict:
     config.model.width = 32  # dcgan: channels next to the image
 
     config.optimizer = ConfigDict()
-    # nag | averaged | lookahead | snoo (of nag, all three) | heavy_ball | fista | ogm |
-    # chambolle_dossal | estimate_sequence | qhm | gpa | agnes | mass | accsgd | srsgd (defaults of
-    # their papers) | sgd | momentum | nesterov | adam | adamw | nadam | nadamw, or two that use no
-    # schedule of the learning rate: nag_then_sgd, whose rate follows from the hand-over, and
-    # nag_auto, which finds it
+    # nag | averaged | lookahead | snoo (these three wrap nag) | nag_then_sgd (no schedule of the
+    # learning rate) | nag_auto (finds its learning rate) | heavy_ball | fista | chambolle_dossal |
+    # ogm | estimate_sequence | qhm | gpa | agnes | mass | accsgd | srsgd (defaults of the papers) |
+    # sgd | momentum | nesterov | adam | adamw | nadam | nadamw
     config.optimizer.name = "nag"
     config.optimizer.convention = "optax"  # nag: optax | sutskever
     config.optimizer.switch_step = 1000  # nag_then_sgd: the first step of SGD

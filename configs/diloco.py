@@ -1,6 +1,6 @@
-"""A small character-level GRU for eight workers that seldom meet: ``examples.diloco``.
+"""A small character-level GRU for ``examples.trainer.diloco``: workers that communicate rarely.
 
-``examples.train`` trains the same model in the same number of steps on all samples at once.
+``examples.trainer`` trains the same model with the same number of steps on all samples.
 """
 
 from typing import Any

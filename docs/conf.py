@@ -1,5 +1,7 @@
 """The documentation: ``python -m sphinx -W --keep-going -b html docs site``."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -19,7 +21,7 @@ nitpicky = True
 
 myst_heading_anchors = 3
 napoleon_numpy_docstring = False
-autodoc_typehints = "none"  # shapes, units and ranges stand in Args
+autodoc_typehints = "none"  # Args has shapes, units and ranges
 autodoc_preserve_defaults = True
 add_module_names = False
 
@@ -46,6 +48,29 @@ def _mathml(node: nodes.Element, *, block: bool) -> str:
     return str(tex2mathml(tex, as_block=block))
 
 
+def _references() -> dict[str, list[str]]:
+    """The labels of the sections of reference.md that each function is named in."""
+    sections = re.split(r"^\((reference-.*)\)=$", _PAGE.read_text(), flags=re.MULTILINE)[1:]
+    found: dict[str, list[str]] = {}
+    for label, text in zip(sections[::2], sections[1::2], strict=True):
+        for name in re.findall(r"{py:func}`(.*?)`", text):
+            found.setdefault(name, []).append(label)
+    return found
+
+
+def _link_reference(app: Any, what: str, name: str, obj: Any, options: Any, lines: Any) -> None:
+    """Adds to a docstring a link to the reference implementation."""
+    labels = _REFERENCES.get(name, [])
+    if labels:
+        links = ", ".join(f":ref:`{label}`" for label in labels)
+        lines.extend(["", ".. rubric:: Reference implementation", "", links, ""])
+
+
+_PAGE = Path(__file__).parent / "reference.md"
+_REFERENCES = _references()
+
+
 def setup(app: Sphinx) -> None:
-    """Formulas as MathML, which browsers draw themselves: pages load nothing from elsewhere."""
+    # MathML, which browsers render themselves, so that pages load nothing from elsewhere.
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+    app.connect("autodoc-process-docstring", _link_reference, priority=900)  # after napoleon

@@ -1,1 +1,1 @@
-"""Training examples: ``python -m examples.train --config=configs/mlp.py --workdir=runs/mlp``."""
+"""Examples of nag_jax; the largest is ``python -m examples.trainer``."""

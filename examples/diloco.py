@@ -1,187 +1,114 @@
-"""DiLoCo: eight workers that meet every H steps, beside NAG that averages every gradient.
+"""DiLoCo: four workers that average their parameters every H steps, against synchronous NAG.
 
-    python -m examples.diloco --config=configs/diloco.py
+    python -m examples.diloco
 
-Each worker trains on a part of the data of its own. All runs see the same batches; what differs is
-how often the workers communicate: one mean of a params-sized tree every H steps.
+Each worker trains on its own quarter of the digits. Here the workers are rows of arrays on one
+device, by `jax.vmap`. With a device for each, `jax.shard_map` or `jax.pmap` takes its place and the
+update stays as it is.
 """
 
-import math
-import os
-import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-os.environ.setdefault("PJRT_NPROC", "32")  # fewer threads may deadlock virtual CPU devices
+import argparse
+import functools
+from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
-from absl import app, flags
-from jax.sharding import AxisType, PartitionSpec
-from ml_collections import config_flags
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import nag_jax
-from examples import data, optimizer, steps, tasks
-from examples.command_line import parse_flags, refuse_without_effect
-from examples.compiling import jit
-from examples.diloco_check import check, check_sizes, check_task
-from examples.errors import UserError
 
-AXIS = "workers"
+WORKERS, BATCH_SIZE = 4, 16  # the batch of each worker
+Params = dict[str, jax.Array]
 
 
 class Row(NamedTuple):
-    """One line of the table; losses are of the whole test set, in nats per character."""
-
-    method: str
-    every: int  # steps between two means: H
-    learning_rate: float  # peak, of the inner steps; NaN: nag_auto finds its own
-    loss: float  # at eval_params
-    loss_at_params: float  # after the last outer step: at the slow copy
-    bytes_per_step: float  # that each worker puts into a mean
+    every: int  # H; 0: synchronous
+    bytes_per_step: float  # that each worker puts into averages
+    loss: float  # on the test set, like the accuracy
+    accuracy: float
 
 
-def over_workers(function: Callable, mode: str, workers: int) -> Callable:
-    """``function`` of one worker on stacks with a row for each; its mean over AXIS is over them."""
-    if mode == "vmap":
-        return jax.vmap(function, axis_name=AXIS)
-    mesh = jax.make_mesh((workers,), (AXIS,), axis_types=(AxisType.Auto,))
-    row, rows = (lambda x: x[0]), (lambda x: x[None])
-    one = lambda *stacks: jax.tree.map(rows, function(*jax.tree.map(row, stacks)))
-    # Unchecked: the GRU's first state is the same for all workers, the others are not.
-    spec = PartitionSpec(AXIS)
-    return jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+def init_params(key: jax.Array) -> Params:
+    """A network with one hidden layer, for images of 8x8 pixels and ten digits."""
+    keys = jax.random.split(key)
+    return {
+        "hidden": jax.random.normal(keys[0], (64, 128)) / 8,
+        "logits": jax.random.normal(keys[1], (128, 10)) / 12,
+    }
 
 
-def make_rounds(
-    task: tasks.Task, transformation: optax.GradientTransformationExtraArgs, synchronous: bool
-) -> Callable:
-    """``(params, opt_state, samples, order) -> (params, opt_state)`` of one worker.
+def loss_fn(params: Params, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean cross-entropy, and the accuracy."""
+    logits = jax.nn.relu(images @ params["hidden"]) @ params["logits"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), (logits.argmax(axis=-1) == labels).mean()
 
-    ``order``, int32 ``[rounds, H, batch]``, are positions in the worker's own samples.
+
+def train(every: int, steps: int, key: jax.Array, images: jax.Array, labels: jax.Array) -> Params:
+    """Averages parameters after every ``every`` steps or, with 0, gradients in each step.
+
+    The images are float ``[WORKERS, n, 64]`` and the labels int ``[WORKERS, n]``.
     """
+    tx = nag_jax.nag(0.1, momentum=0.9)
+    if every:
+        tx = nag_jax.diloco(tx, "workers", learning_rate=0.7, momentum=0.5, every=every)
 
-    def step(carry: Any, batch: steps.Batch, sync: bool) -> Any:
-        params, opt_state = carry
-        gradient, (_, sums) = jax.grad(task.losses, has_aux=True)(params, task.rest, batch)
-        gradient = jax.tree.map(lambda g: g / sums["samples"], gradient)
-        if synchronous:
-            gradient = jax.lax.pmean(gradient, AXIS)
-        # Known when compiled: so the loop over inner steps has no mean in it, not even a branch.
-        updates, opt_state = transformation.update(gradient, opt_state, params, sync=sync)
+    def update(params, opt_state, images, labels, key, *, sync):
+        rows = jax.random.choice(key, len(labels), (BATCH_SIZE,), replace=False)
+        gradients, _ = jax.grad(loss_fn, has_aux=True)(params, images[rows], labels[rows])
+        if not every:
+            gradients = jax.lax.pmean(gradients, "workers")
+        # `sync` is known when the step is compiled: without it workers exchange nothing at all.
+        updates, opt_state = tx.update(gradients, opt_state, params, sync=sync)
         return optax.apply_updates(params, updates), opt_state
 
-    def rounds(params: Any, opt_state: Any, samples: steps.Batch, order: jax.Array) -> Any:
-        take = lambda indices: jax.tree.map(lambda x: x[indices], samples)
+    @functools.partial(jax.jit, static_argnames="sync", donate_argnums=(0, 1))
+    def step(params, opt_state, keys, sync):
+        workers = jax.vmap(functools.partial(update, sync=sync), axis_name="workers")
+        return workers(params, opt_state, images, labels, keys)
 
-        def one(carry: Any, order: jax.Array) -> tuple[Any, None]:
-            inner = lambda carry, indices: (step(carry, take(indices), False), None)
-            carry, _ = jax.lax.scan(inner, carry, order[:-1])
-            return step(carry, take(order[-1]), True), None
+    init_key, key = jax.random.split(key)
+    params = jax.tree.map(lambda x: jnp.stack([x] * WORKERS), init_params(init_key))
+    opt_state = jax.vmap(tx.init)(params)
+    for i, keys in enumerate(jax.random.split(key, (steps, WORKERS)), 1):
+        params, opt_state = step(params, opt_state, keys, sync=every > 0 and i % every == 0)
+    # The outer iterate, which is the same on all workers.
+    return jax.tree.map(lambda x: x[0], jax.vmap(nag_jax.eval_params)(params, opt_state))
 
-        return jax.lax.scan(one, (params, opt_state), order)[0]
 
-    return rounds
+def main(argv: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=512)
+    parser.add_argument("--every", type=int, nargs="+", default=[8, 32, 128], help="H, one or more")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if options.steps < 1 or any(every < 1 or options.steps % every for every in options.every):
+        parser.error("--steps must be at least 1, and each --every must divide it")
 
-
-def run(config: Any, dataset: data.Dataset, every: int, learning_rate: float) -> Row:
-    """Trains with an outer step after each ``every`` steps; 0: fully synchronous."""
-    check(config)
-    check_sizes(config, dataset)
-    local, synchronous = config.local, every == 0
-    workers, every = local.workers, max(every, 1)
-    share = len(dataset.train["x"]) // workers
-    parts = lambda x: x[: share * workers].reshape(workers, share, *x.shape[1:])
-    samples = jax.tree.map(parts, dataset.train)
-    order = batches(config, share)
-
-    task, transformation = make(config, dataset, learning_rate, order.shape[1])
-    if not synchronous:
-        outside = dict(learning_rate=local.outer_learning_rate, momentum=local.outer_momentum)
-        transformation = nag_jax.diloco(transformation, AXIS, every=every, **outside)
-
-    alike = lambda x: jax.numpy.stack([x] * workers)
-    state = jax.tree.map(alike, (task.params, transformation.init(task.params)))
-    rounds = make_rounds(task, transformation, synchronous)
-    advance = jit(
-        over_workers(rounds, local.mode, workers), config.cpu_fusions, donate_argnums=(0, 1)
+    images, labels = load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = map(
+        jnp.asarray,
+        train_test_split(images / 16, labels, test_size=361, stratify=labels, random_state=0),
     )
-    length = max(every, *local.every)
-    for start in range(0, order.shape[1], length):
-        part = order[:, start : start + length]
-        state = advance(*state, samples, part.reshape(workers, -1, every, part.shape[-1]))
-
-    params, opt_state = jax.tree.map(lambda x: x[0], jax.device_get(state))
-    evaluate = steps.make_evaluate(task, config.eval_batch_size)
-    test = jax.device_put(dataset.test)
-    name = "NAG" if config.optimizer.name == "nag" else config.optimizer.name
-    sums = lambda params: jax.device_get(evaluate(params, task.rest, test))
-    loss = lambda params: float(task.summarize(sums(params))["loss"])
-    return Row(
-        method=f"synchronous {name}" if synchronous else "DiLoCo",
-        every=every,
-        learning_rate=math.nan if name == "nag_auto" else learning_rate,
-        loss=loss(steps.evaluation_params(params, opt_state)),
-        loss_at_params=loss(params),
-        bytes_per_step=sum(4 * x.size for x in jax.tree.leaves(params)) / every,
-    )
-
-
-def make(
-    config: Any, dataset: data.Dataset, learning_rate: float, total_steps: int
-) -> tuple[tasks.Task, optax.GradientTransformationExtraArgs]:
-    """What is learned, and the inner optimizer."""
-    config = config.copy_and_resolve_references()
-    config.learning_rate = learning_rate
-    task = tasks.make(config, dataset, jax.random.key(config.seed))
-    check_task(config, task)
-    per_epoch = len(dataset.train["x"]) // config.local.workers * config.local.workers
-    inner = optimizer.make(config, per_epoch // config.batch_size, total_steps)
-    return task, inner.transformation
-
-
-def batches(config: Any, share: int) -> np.ndarray:
-    """int32 ``[workers, steps, batch]``: epochs of each worker over its own samples.
-
-    The same in all runs: as many steps as the largest H divides.
-    """
-    workers, size = config.local.workers, config.batch_size // config.local.workers
-    per_epoch = share // size
-    rng = np.random.default_rng(config.seed)
-    epoch = lambda: rng.permutation(share)[: per_epoch * size].reshape(per_epoch, size)
-    orders = [[epoch() for _ in range(config.num_epochs)] for _ in range(workers)]
-    order = np.stack([np.concatenate(epochs) for epochs in orders]).astype(np.int32)
-    rounds = order.shape[1] // max(config.local.every)
-    return order[:, : rounds * max(config.local.every)]
-
-
-def table(config: Any) -> list[Row]:
-    """The synchronous run, then one for each H; each is printed as it ends."""
-    check(config)
-    dataset, local = data.load(config), config.local
-    check_sizes(config, dataset)
-    make(config, dataset, config.learning_rate, 1)  # mistakes come before the first line
-    print(f"{'method':22} {'H':>4} {'peak lr':>8} {'loss':>7} {'at params':>10} {'bytes/step':>11}")
+    data = train_x.reshape(WORKERS, -1, 64), train_y.reshape(WORKERS, -1)
     rows = []
-    for every in (0, *local.every):
-        rate = local.learning_rate if every else config.learning_rate
-        rows.append(run(config, dataset, every, rate))
-        print("{:22} {:4} {:8g} {:7.4f} {:10.4f} {:11,.0f}".format(*rows[-1]), flush=True)
+    for every in (0, *options.every):
+        params = train(every, options.steps, jax.random.key(options.seed), *data)
+        loss, accuracy = map(float, loss_fn(params, test_x, test_y))
+        size = sum(x.nbytes for x in jax.tree.leaves(params))
+        rows.append(Row(every, size / max(every, 1), loss, accuracy))
+        name = f"every {every} steps" if every else "synchronous"
+        print(
+            f"{name:16} {rows[-1].bytes_per_step:8,.0f} bytes per step, "
+            f"test loss {loss:.4f}, test accuracy {accuracy:.2%}"
+        )
     return rows
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        sys.exit(f"error: unknown arguments {' '.join(arguments[1:])}; options begin with --")
-    try:
-        refuse_without_effect("examples.diloco")
-        table(flags.FLAGS.config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "File with the run's config.", lock_config=True)
-    flags.mark_flags_as_required(["config"])
-    app.run(main, flags_parser=parse_flags)
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None

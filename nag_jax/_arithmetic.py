@@ -1,10 +1,14 @@
 """Arithmetic in float32 at least, over trees in which a leaf may have no gradient."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from nag_jax._checks import check_trainable, is_array
 
 
 def dtype_of(p: Any) -> Any:
@@ -12,10 +16,18 @@ def dtype_of(p: Any) -> Any:
     return p.dtype if hasattr(p, "dtype") else jnp.result_type(p)
 
 
+def widened(dtype: Any) -> np.dtype:
+    """``dtype``, but float32 where it is narrower than that or an integer."""
+    # Not jnp.promote_types, which raises under jax_numpy_dtype_promotion="strict".
+    dtype = jnp.dtype(dtype)
+    kept = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if kept else np.dtype(np.float32)
+
+
 def wide(x: Any) -> jax.Array:
     """``x`` in float32 at least; complex64 at least where it is complex."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(widened(x.dtype))
 
 
 def cast_like(x: jax.Array, other: Any) -> jax.Array:
@@ -24,14 +36,67 @@ def cast_like(x: jax.Array, other: Any) -> jax.Array:
 
 
 def wide_zeros(params: Any) -> Any:
-    """Zeros like ``params``, in float32 at least."""
-    wider = lambda p: jnp.promote_types(dtype_of(p), jnp.float32)
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wider(p)), params)
+    """Zeros like ``params``, in float32 at least; ValueError for a leaf that cannot be trained."""
+    check_trainable("momentum", params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=widened(dtype_of(p))), params)
 
 
-def real_like(scalar: Any, like: jax.Array) -> jax.Array:
-    """``scalar`` in the real dtype of ``like``, float32 at least."""
-    return jnp.asarray(scalar, jnp.finfo(jnp.promote_types(dtype_of(like), jnp.float32)).dtype)
+def real_like(scalar: Any, like: Any) -> jax.Array:
+    """``scalar`` in the dtype of ``wide(like)``, to be multiplied by it."""
+    return jnp.asarray(scalar, widened(dtype_of(like)))
+
+
+def mix(a: Any, x: Any, b: Any, y: Any) -> jax.Array:
+    """``a*x + b*y`` in float32 at least."""
+    dtype = np.promote_types(widened(dtype_of(x)), widened(dtype_of(y)))
+    a, b = (float(c) if isinstance(c, int | float) else jnp.asarray(c, dtype) for c in (a, b))
+    constant = isinstance(a, float) and isinstance(b, float)
+    if constant and a == b != 1.0 and math.frexp(a)[0] == 0.5:
+        # XLA would write a*(x + y) for a power of 2, recompute it from the old buffer where params
+        # are updated, and so copy the donated buffer first (seen with jax 0.12 on CPU).
+        b = jax.lax.optimization_barrier(jnp.asarray(b, dtype))
+    return a * jnp.asarray(x, dtype) + b * jnp.asarray(y, dtype)
+
+
+def as_arrays(state: Any) -> Any:
+    """``state`` with JAX arrays as leaves; NumPy scalars, as in a checkpoint, promote otherwise."""
+    return jax.tree.map(jnp.asarray, state)
+
+
+def cast_tree(tree: Any, like: Any) -> Any:
+    """``tree`` in the dtypes of ``like``, whatever ``jax_enable_x64`` was when that was made."""
+    return jax.tree.map(lambda x, old: jnp.asarray(x, dtype_of(old)), tree, like)
+
+
+def ratio(a: Any, b: jax.Array) -> jax.Array:
+    """a/b, and 0 where b is 0, with no NaN on the way there or in the derivative."""
+    zero = b == 0
+    return jnp.where(zero, 0, a / jnp.where(zero, 1, b))
+
+
+@jax.custom_jvp
+def root(x: jax.Array) -> jax.Array:
+    """The square root, with the derivative 0 at 0."""
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    y = root(*primals)
+    return y, ratio(tangents[0], 2 * y)
+
+
+def buffer_dtype(own: Any, wanted: Any) -> np.dtype:
+    """``wanted`` for a leaf of dtype ``own``: complex for a complex leaf, else real.
+
+    A complex buffer has at least the precision of complex64.
+    """
+    wanted = jnp.dtype(wanted)
+    if jnp.issubdtype(own, jnp.complexfloating):
+        wide = jnp.issubdtype(wanted, jnp.inexact) and wanted.itemsize >= 4
+        return np.promote_types(wanted if wide else np.float32, np.complex64)
+    is_complex = jnp.issubdtype(wanted, jnp.complexfloating)
+    return jnp.finfo(wanted).dtype if is_complex else wanted
 
 
 def varying_axes(x: Any) -> frozenset[Any]:
@@ -61,10 +126,41 @@ def filled(tree: Any, default: Any) -> Any:
     )
 
 
+def trained(params: Any, buffer: Any) -> Any:
+    """``params`` with None where ``buffer`` has it.
+
+    The state of an Equinox model is made from its arrays, but ``update`` may be given the whole
+    model, with its functions.
+    """
+    return map_gradients(lambda _, p: p, buffer, params)
+
+
+def apply_prox(prox: Callable[[Any, Any], Any], tree: Any, step: Any) -> Any:
+    """``prox(tree, step)``; ValueError unless that has the structure and shapes of ``tree``."""
+    after = prox(tree, step)
+    try:
+        alike = lambda z, new: is_array(new) and jnp.shape(z) == jnp.shape(new)
+        same = jax.tree.map(alike, tree, after)
+    except ValueError:  # another structure
+        same = False
+    if not jax.tree.all(same):
+        raise ValueError(
+            "prox must return a tree with the structure and shapes of its first argument, got "
+            f"{_described(after)} for {_described(tree)}; a penalty's prox returns the minimizer, "
+            "not the value"
+        )
+    return after
+
+
 def proximal_step(prox: Callable[[Any, Any], Any], g: Any, params: Any, lr: Any) -> Any:
     """prox(params - lr*g) - params, in float32 at least."""
     point = map_gradients(lambda g, p: wide(p) - real_like(lr, p) * wide(g), g, params)
-    return map_gradients(lambda g, p, z: wide(z) - wide(p), g, params, prox(point, lr))
+    after = apply_prox(prox, point, lr)
+    return map_gradients(lambda g, p, z: wide(z) - wide(p), g, params, after)
+
+
+def _described(tree: Any) -> str:
+    return str(jax.tree.map(lambda x: getattr(x, "shape", x), tree))
 
 
 def applied(u: jax.Array, p: jax.Array) -> jax.Array:

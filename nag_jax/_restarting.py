@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from nag_jax._arithmetic import map_gradients, varying_axes, wide
+from nag_jax._arithmetic import map_gradients, mix, varying_axes, wide
 from nag_jax._checks import given_scalar
 from nag_jax.rules.rule import Coefficients
 
@@ -51,10 +52,11 @@ def decide(
     condition: Condition, state: Any, u: Any, m: Any, axis_name: Any, loss: Any
 ) -> tuple[jax.Array, RestartState]:
     """Whether to restart now, and the state after that."""
-    v = map_gradients(lambda u, m: wide(m) + wide(u), u, m)
-    dot = lambda a, b: inner_product(a, b, axis_name)
+    v = map_gradients(lambda u, m: mix(1.0, m, 1.0, u), u, m)
+    real = state.remembered.dtype
+    dot = lambda a, b: inner_product(a, b, axis_name).astype(real)
     # Else each device would decide by the loss of its own rows, and the copies part.
-    loss = None if loss is None else _mean(given_scalar("value", loss), axis_name)
+    loss = None if loss is None else _mean(given_scalar("value", loss), axis_name).astype(real)
     result = condition(Seen(state.steps, state.remembered, u, v, dot, loss))
     if not (isinstance(result, tuple | list) and len(result) == 2):
         raise ValueError(
@@ -64,19 +66,10 @@ def decide(
     fire = given_scalar("what a restart condition returns first", result[0]).astype(bool)
     remembered = given_scalar("what a restart condition returns second", result[1])
     return fire, RestartState(
-        restarts=state.restarts + fire.astype(jnp.int32),
-        steps=jnp.where(fire, 0, state.steps + 1),
-        remembered=remembered.astype(state.remembered.dtype),
+        restarts=jnp.where(fire, optax.safe_increment(state.restarts), state.restarts),
+        steps=jnp.where(fire, 0, optax.safe_increment(state.steps)),
+        remembered=remembered.astype(real),
     )
-
-
-def check(condition: Any) -> None:
-    """Raises ValueError if ``condition`` is neither None nor a function."""
-    if condition is not None and not callable(condition):
-        raise ValueError(
-            "restart must be None or a condition such as nag_jax.restart.gradient, got "
-            f"{condition!r}"
-        )
 
 
 def check_rule(c: Coefficients) -> None:
@@ -93,7 +86,7 @@ def inner_product(a: Any, b: Any, axis_name: Any) -> jax.Array:
     """Real part of <a, b> over all leaves, and over the devices of ``axis_name``, in float32."""
     alone = axis_name is None and _on_one_cpu(a, b)
     each = _sum_few(_products(a, b)) if alone else inner_products(a, b, axis_name)
-    total = sum(each, jnp.zeros([], float))
+    total = sum((term.astype(float) for term in each), jnp.zeros([], float))
     # XLA on CPU would repeat this sum in the loops of each leaf, and take minutes to compile
     # hundreds of them. A sort, here of two equal numbers, is what it never fuses.
     return jax.lax.sort(jnp.stack([total, total]))[0] if len(each) > 1 and _on_cpu() else total

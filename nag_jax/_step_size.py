@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from nag_jax._arithmetic import ratio, root
+
 _SEARCHES = 100  # trial steps in one call at most
 
 
 def guess(value: jax.Array, square: jax.Array) -> jax.Array:
     r""":math:`|f| / \|g\|^2`, which has the units of a learning rate; 1 if that says nothing."""
-    size = jnp.sqrt(square)
-    rate = jnp.abs(value) / size / size
+    size = root(square)
+    rate = ratio(ratio(jnp.abs(value), size), size)
     return jnp.where(jnp.isfinite(rate) & (rate > 0), within(rate), 1)
 
 

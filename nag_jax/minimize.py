@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import wide
+from nag_jax._arithmetic import real_like, wide
 from nag_jax._checks import check_count, check_optimizer, check_prox, check_range
-from nag_jax.kernel import eval_params, find_states
+from nag_jax.evaluation import evaluated
 from nag_jax.methods.backtracking import backtracking
 from nag_jax.proximal import Prox
 
@@ -122,7 +122,7 @@ def minimize(
     else:
         end = solve(fun)
     end = jax.lax.stop_gradient(end)
-    x = _evaluated(end)
+    x = evaluated(end.params, end.state)
     if implicit_diff:
         x = _with_implicit_derivative(x, lambda p: _residual(p, _gradient(fun)(p)[1], prox), prox)
     reason = jnp.where(end.small >= _PATIENCE, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
@@ -160,7 +160,7 @@ def largest_curvature(fun: Callable[[Any], Any], params: Any, *, max_steps: int 
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
     start = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=False)]
-    scale = lambda by, v: jax.tree.map(lambda x: (x * by).astype(x.dtype), v)
+    scale = lambda by, v: jax.tree.map(lambda x: (wide(x) * real_like(by, x)).astype(x.dtype), v)
     unit = lambda v, size: scale(1 / jnp.where(size > 0, size, 1), v)
 
     def body(carry: Any) -> Any:
@@ -222,10 +222,6 @@ def _residual(p: Any, g: Any, prox: Any) -> Any:
         return g
     after = prox(jax.tree.map(lambda p, g: wide(p) - wide(g), p, g), 1.0)
     return jax.tree.map(lambda p, z: (wide(p) - wide(z)).astype(p.dtype), p, after)
-
-
-def _evaluated(loop: _Loop) -> Any:
-    return eval_params(loop.params, loop.state) if find_states(loop.state) else loop.params
 
 
 def _norm(tree: Any) -> jax.Array:

@@ -1,10 +1,15 @@
-"""Proximal steps: constraints and non-smooth penalties as the head of a chain. ::
+r"""Proximal steps: constraints and non-smooth penalties as the head of a chain. ::
 
     chain(prox_step(l1(0.1), learning_rate), accelerate(rules.fista(), restart=restart.gradient))
 
-A prox is a function ``(tree, step) -> tree`` that minimizes ``penalty(z) + |z - tree|^2/(2 step)``
-over z. ``params`` are the extrapolated point and in general neither sparse nor feasible; what
-``eval_params`` gives is, up to the rounding of ``params - m``.
+A prox is a function ``(tree, step) -> tree``, the proximal operator of a penalty :math:`h`:
+
+.. math:: \mathrm{prox}_\epsilon(v) = \arg\min_z h(z) + \frac{1}{2 \epsilon} \|z - v\|^2
+
+with v the tree and :math:`\epsilon` the step. A constraint is the penalty that is 0 where it holds
+and infinite elsewhere; its prox is the projection, whatever the step. ``params`` are the
+extrapolated point and in general neither sparse nor feasible; what ``eval_params`` returns is, up
+to the rounding of ``params - m``.
 """
 
 from collections.abc import Callable
@@ -12,16 +17,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
-from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like
-from nag_jax._checks import check_prox, check_range, given_params
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like, root
+from nag_jax._checks import check_projection, check_prox, check_range, check_trainable, given_params
 
 Prox = Callable[[Any, Any], Any]
 
 
 class ProxStepState(NamedTuple):
-    """State of :func:`prox_step` with a schedule."""
+    """State of :func:`prox_step`."""
 
     step: jax.Array  # shape=(), int32
 
@@ -31,13 +38,16 @@ def prox_step(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The step of proximal gradient descent, :math:`u = \mathrm{prox}(p - \epsilon g) - p`.
 
-    It takes the place of ``optax.sgd(learning_rate)``, which it is for a prox that changes
-    nothing. Momentum comes after it. The learning rate is given here once; with a number the
-    state is empty, so code that tunes it may call ``prox_step(prox, lr).update`` anew each step.
+    It replaces ``optax.sgd(learning_rate)``; with a prox that changes nothing it is the same.
+    Momentum comes after it. The learning rate is given only here. The state is the same for a
+    number and a schedule, so code that tunes the number may call ``prox_step(prox, lr).update``
+    anew each step.
 
     Args:
-      prox: ``(tree, step) -> tree`` with the shapes of params, in float32 at least; from this
-        module, or any projection through :func:`projection`.
+      prox: ``(tree, step) -> tree``, which returns the shapes of its tree, in float32 at least;
+        from this module, or one of your own. Wrap a projection in :func:`projection`, and a prox of
+        jaxopt, which takes its strength before the step, as
+        ``lambda x, step: jaxopt.prox.prox_lasso(x, 0.1, step)``.
       learning_rate: :math:`\epsilon`, at least 0, or a schedule of the integer step; 1/L for the
         bounds of the rules, L the smoothness of the loss without the penalty.
 
@@ -46,195 +56,324 @@ def prox_step(
       ``inject_hyperparams`` prox is a static argument.
 
     Raises:
-      ValueError: if learning_rate is negative, prox no function or one of ``optax.projections`` as
-        it is; from update, if it is called without params.
+      ValueError: if learning_rate is negative or prox does not take (tree, step); from init, for a
+        parameter that is neither floating-point nor complex; from update, without params, or if
+        prox returns another structure or other shapes.
 
-    The lasso, and the iterate to evaluate is as sparse as the solution:
+    Example:
+      The lasso. The iterate to evaluate is as sparse as the solution:
 
-    >>> a = jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
-    >>> b = jnp.array([2.0, -0.5, 0.1])
-    >>> prox = nag_jax.proximal.l1(0.5)
-    >>> optimizer = optax.chain(nag_jax.proximal.prox_step(prox, 0.3),
-    ...                         nag_jax.accelerate(rules.fista()))
-    >>> params = jnp.zeros(3)
-    >>> state = optimizer.init(params)
-    >>> for _ in range(100):
-    ...     updates, state = optimizer.update(a.T @ (a @ params - b), state, params)
-    ...     params = optax.apply_updates(params, updates)
-    >>> print(jnp.round(nag_jax.eval_params(params, state), 2))
-    [1.5 0.  0. ]
+      >>> a = jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+      >>> b = jnp.array([2.0, -0.5, 0.1])
+      >>> prox = nag_jax.proximal.l1(0.5)
+      >>> optimizer = optax.chain(nag_jax.proximal.prox_step(prox, 0.3),
+      ...                         nag_jax.accelerate(rules.fista()))
+      >>> params = jnp.zeros(3)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(100):
+      ...     updates, state = optimizer.update(a.T @ (a @ params - b), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(jnp.round(nag_jax.eval_params(params, state), 2))
+      [1.5 0.  0. ]
 
     References:
       Beck, Teboulle, A fast iterative shrinkage-thresholding algorithm for linear inverse
-      problems, SIAM J. Imaging Sciences 2, 2009. Parikh, Boyd, Proximal algorithms, 2014.
+      problems, SIAM J. Imaging Sciences 2, 2009. Parikh, Boyd, Proximal algorithms, Foundations
+      and Trends in Optimization 1, 2014, section 4.2.
     """
     check_prox(prox)
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
-    scheduled = callable(learning_rate)
 
-    def init(params: optax.Params) -> Any:
-        del params
-        return ProxStepState(jnp.zeros([], jnp.int32)) if scheduled else optax.EmptyState()
+    def init(params: optax.Params) -> ProxStepState:
+        check_trainable("a proximal step", params)
+        return ProxStepState(jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, ProxStepState]:
         del extra_args
         params = given_params("prox_step", params)
-        lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
+        lr = learning_rate(jnp.asarray(state.step)) if callable(learning_rate) else learning_rate
         steps = proximal_step(prox, updates, params, lr)
         updates = map_gradients(lambda g, u: cast_like(u, g), updates, steps)
-        if scheduled:
-            state = ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
-        return updates, state
+        return updates, ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def l1(strength: Any) -> Prox:
-    r"""The prox of :math:`\lambda \|z\|_1`: every entry shrinks by step*strength, to 0 at most.
+    r"""The prox of the lasso penalty: every entry shrinks towards 0, and small ones become 0.
+
+    .. math::
+        \mathrm{prox}_\epsilon(v) = \arg\min_z \lambda \|z\|_1 + \frac{1}{2 \epsilon} \|z - v\|^2
+        = \frac{v}{|v|} \max(|v| - \epsilon \lambda, 0)
 
     Args:
-      strength: :math:`\lambda`, at least 0, or a tree of them that is a prefix of params, such as
-        ``{"weights": 0.1, "intercept": 0.0}``. Complex entries shrink in modulus.
+      strength: :math:`\lambda`, at least 0: a number, an array that broadcasts to each leaf, or a
+        tree of these that is a prefix of params, such as ``{"weights": 0.1, "intercept": 0.0}``.
 
     Returns:
-      A prox.
+      A prox. It also takes complex leaves, whose entries shrink in modulus.
 
     Raises:
-      ValueError: if strength is a negative number or none.
+      ValueError: if an entry of strength is negative or not a number; from the prox, if strength
+        does not match its tree.
 
-    >>> print(nag_jax.proximal.l1(1.0)(jnp.array([3.0, -0.5]), 0.5))
-    [ 2.5 -0. ]
+    Example:
+      >>> print(nag_jax.proximal.l1(1.0)(jnp.array([3.0, -0.5]), 0.5))
+      [ 2.5 -0. ]
+
+    References:
+      Parikh, Boyd, Proximal algorithms, Foundations and Trends in Optimization 1, 2014, section
+      6.5.
     """
-    _check_numbers("strength", strength, 0.0)
-    return elastic_net(strength, 0.0)
+    _check_entries("strength", strength, 0.0)
+
+    def prox(tree: Any, step: Any) -> Any:
+        shrink = lambda z, weight: _shrink(z, jnp.abs(z), step * weight)
+        return jax.tree.map(shrink, tree, _spread("strength", strength, tree))
+
+    return prox
 
 
 def elastic_net(l1: Any, l2: Any) -> Prox:
-    r"""The prox of :math:`\lambda_1 \|z\|_1 + \frac{\lambda_2}{2} \|z\|^2`.
+    r"""The prox of the elastic net: every entry shrinks as in :func:`l1` and is then scaled down.
+
+    .. math::
+        \mathrm{prox}_\epsilon(v) = \arg\min_z \lambda_1 \|z\|_1
+        + \frac{\lambda_2}{2} \|z\|^2 + \frac{1}{2 \epsilon} \|z - v\|^2
+        = \frac{v}{|v|} \frac{\max(|v| - \epsilon \lambda_1, 0)}{1 + \epsilon \lambda_2}
 
     Args:
-      l1: :math:`\lambda_1`, at least 0, or a tree as in :func:`l1`.
-      l2: :math:`\lambda_2`, likewise.
+      l1: :math:`\lambda_1`, at least 0: a number, an array or a tree, as strength in :func:`l1`.
+      l2: :math:`\lambda_2`, at least 0: a number, an array or a tree, as strength in :func:`l1`.
 
     Returns:
-      A prox.
+      A prox. It also takes complex leaves, whose entries shrink in modulus.
 
     Raises:
-      ValueError: if one is a negative number or none.
+      ValueError: if an entry of l1 or l2 is negative or not a number; from the prox, if one of
+        them does not match its tree.
 
-    >>> print(nag_jax.proximal.elastic_net(1.0, l2=2.0)(jnp.array([3.0, -0.5]), 0.5))
-    [ 1.25 -0.  ]
+    Example:
+      >>> print(nag_jax.proximal.elastic_net(1.0, l2=2.0)(jnp.array([3.0, -0.5]), 0.5))
+      [ 1.25 -0.  ]
+
+    References:
+      Zou, Hastie, Regularization and variable selection via the elastic net, J. Royal Statistical
+      Society B 67, 2005. Parikh, Boyd, Proximal algorithms, 2014, section 6.5.
     """
-    _check_numbers("l1", l1, 0.0)
-    _check_numbers("l2", l2, 0.0)
-
-    def shrink(z: jax.Array, weight: Any, ridge: Any, step: Any) -> jax.Array:
-        return _shrink(z, jnp.abs(z), step * weight) / real_like(1 + step * ridge, z)
+    _check_entries("l1", l1, 0.0)
+    _check_entries("l2", l2, 0.0)
 
     def prox(tree: Any, step: Any) -> Any:
-        return jax.tree.map(
-            lambda z, a, b: shrink(z, a, b, step), tree, _spread(l1, tree), _spread(l2, tree)
-        )
+        def shrink(z: jax.Array, weight: Any, ridge: Any) -> jax.Array:
+            return _shrink(z, jnp.abs(z), step * weight) / real_like(1 + step * ridge, z)
+
+        return jax.tree.map(shrink, tree, _spread("l1", l1, tree), _spread("l2", l2, tree))
 
     return prox
 
 
 def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
-    r"""The prox of :math:`\lambda \sum_g \|z_g\|_2`: whole groups become 0.
+    r"""The prox of the group lasso: whole groups shrink, and small ones become 0.
+
+    With :math:`v_g` the entries of group g,
+
+    .. math::
+        \mathrm{prox}_\epsilon(v) = \arg\min_z \lambda \sum_g \|z_g\|_2
+        + \frac{1}{2 \epsilon} \|z - v\|^2, \qquad
+        z_g = \frac{v_g}{\|v_g\|_2} \max(\|v_g\|_2 - \epsilon \lambda, 0)
 
     Args:
-      strength: :math:`\lambda`, at least 0, or a tree as in :func:`l1`.
+      strength: :math:`\lambda`, at least 0: a number, an array that broadcasts to the groups of
+        each leaf (its shape, with 1 along axis), or a tree of these that is a prefix of params.
       axis: the axis or axes that run through one group; None: each leaf is one group.
 
     Returns:
-      A prox.
+      A prox. It also takes complex leaves, whose groups shrink in norm.
 
     Raises:
-      ValueError: if strength is a negative number or none.
+      ValueError: if an entry of strength is negative or not a number; from the prox, if strength
+        does not match its tree.
 
-    >>> print(nag_jax.proximal.group_l1(1.0)(jnp.array([[3.0, 4.0], [0.1, 0.1]]), 2.5))
-    [[1.5 2. ]
-     [0.  0. ]]
+    Example:
+      >>> print(nag_jax.proximal.group_l1(1.0)(jnp.array([[3.0, 4.0], [0.1, 0.1]]), 2.5))
+      [[1.5 2. ]
+       [0.  0. ]]
+
+    References:
+      Yuan, Lin, Model selection and estimation in regression with grouped variables, J. Royal
+      Statistical Society B 68, 2006. Parikh, Boyd, Proximal algorithms, 2014, section 6.5.
     """
-    _check_numbers("strength", strength, 0.0)
+    _check_entries("strength", strength, 0.0)
 
     def prox(tree: Any, step: Any) -> Any:
-        norm = lambda z: jnp.sqrt(jnp.sum(jnp.abs(z) ** 2, axis=axis, keepdims=True))
-        return jax.tree.map(
-            lambda z, weight: _shrink(z, norm(z), step * weight), tree, _spread(strength, tree)
-        )
+        norm = lambda z: root(jnp.sum(jnp.abs(z) ** 2, axis=axis, keepdims=True))
+        norms = jax.tree.map(norm, tree)
+        shrink = lambda z, size, weight: _shrink(z, size, step * weight)
+        return jax.tree.map(shrink, tree, norms, _spread("strength", strength, norms))
 
     return prox
 
 
 def nonnegative() -> Prox:
-    """The prox of the constraint z >= 0.
+    r"""The prox of the constraint that no entry is negative.
+
+    .. math:: \mathrm{prox}_\epsilon(v) = \arg\min_{z \ge 0} \|z - v\|^2 = \max(v, 0)
 
     Returns:
-      A prox.
+      A prox, for real leaves.
 
-    >>> print(nag_jax.proximal.nonnegative()(jnp.array([3.0, -0.5]), 0.5))
-    [3. 0.]
+    Example:
+      >>> print(nag_jax.proximal.nonnegative()(jnp.array([3.0, -0.5]), 0.5))
+      [3. 0.]
+
+    References:
+      Parikh, Boyd, Proximal algorithms, 2014, section 6.2.
     """
     return lambda tree, step: jax.tree.map(lambda z: jnp.maximum(z, 0), tree)
 
 
 def box(low: Any, high: Any) -> Prox:
-    """The prox of the constraint low <= z <= high.
+    r"""The prox of the constraint that every entry is between two bounds.
+
+    .. math::
+        \mathrm{prox}_\epsilon(v) = \arg\min_{l \le z \le h} \|z - v\|^2
+        = \min(\max(v, l), h)
 
     Args:
-      low: a number, an array, or a tree of them that is a prefix of params; may be -inf.
-      high: likewise; may be inf.
+      low: l: a number, an array that broadcasts to each leaf, or a tree of these that is a prefix
+        of params; may be -inf.
+      high: h, not below low: a number, an array or a tree like low; may be inf.
+
+    Returns:
+      A prox, for real leaves.
+
+    Raises:
+      ValueError: if an entry of low or high is not a number or low is above high; from the prox, if
+        one of them does not match its tree.
+
+    Example:
+      >>> print(nag_jax.proximal.box(0.0, 1.0)(jnp.array([3.0, -0.5, 0.5]), 0.1))
+      [1.  0.  0.5]
+
+    References:
+      Parikh, Boyd, Proximal algorithms, 2014, section 6.2.
+    """
+    _check_entries("low", low, -np.inf, high_closed=True)
+    _check_entries("high", high, -np.inf, high_closed=True)
+    alike = jax.tree.structure(low) == jax.tree.structure(high)
+    if alike:
+        jax.tree_util.tree_map_with_path(_check_order, low, high)
+    clip = lambda z, a, b: jnp.clip(z, real_like(a, z), real_like(b, z))
+
+    def prox(tree: Any, step: Any) -> Any:
+        del step
+        lows, highs = _spread("low", low, tree), _spread("high", high, tree)
+        if not alike:
+            jax.tree_util.tree_map_with_path(_check_order, lows, highs)
+        return jax.tree.map(clip, tree, lows, highs)
+
+    return prox
+
+
+def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
+    r"""The prox of a constraint whose projection is at hand.
+
+    .. math:: \mathrm{prox}_\epsilon(v) = \arg\min_{z \in C} \|z - v\|^2
+
+    Args:
+      project: ``tree -> tree``, the projection onto C, such as those of ``optax.projections``.
+      **arguments: of project, by name, such as ``scale=2.0``.
 
     Returns:
       A prox.
 
     Raises:
-      ValueError: if low is a number above high, or one of them is no number.
+      ValueError: if project is not a function that takes a tree and these arguments.
 
-    >>> print(nag_jax.proximal.box(0.0, 1.0)(jnp.array([3.0, -0.5, 0.5]), 0.1))
-    [1.  0.  0.5]
+    Example:
+      >>> prox = nag_jax.proximal.projection(optax.projections.projection_simplex)
+      >>> print(prox(jnp.array([2.0, 1.5, -1.0]), 0.1))
+      [0.75 0.25 0.  ]
+
+    References:
+      Parikh, Boyd, Proximal algorithms, 2014, section 1.2.
     """
-    _check_numbers("low", low, -jnp.inf, high_closed=True)
-    _check_numbers("high", high, -jnp.inf, high_closed=True)
-    numbers = isinstance(low, int | float) and isinstance(high, int | float)
-    if numbers and not low <= high:
-        raise ValueError(f"low must not be above high, got low={low!r}, high={high!r}")
-    clip = lambda z, a, b: jnp.clip(z, real_like(a, z), real_like(b, z))
-    return lambda tree, step: jax.tree.map(clip, tree, _spread(low, tree), _spread(high, tree))
-
-
-def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
-    """Any projection as a prox: the constraint that z is where ``project`` leads.
-
-    Args:
-      project: ``tree -> tree``, such as those of ``optax.projections``.
-      **arguments: of project, for example ``scale=2.0``.
-
-    Returns:
-      A prox.
-
-    >>> prox = nag_jax.proximal.projection(optax.projections.projection_simplex)
-    >>> print(prox(jnp.array([2.0, 1.5, -1.0]), 0.1))
-    [0.75 0.25 0.  ]
-    """
+    check_projection(project, arguments)
     return lambda tree, step: project(tree, **arguments)
 
 
 def _shrink(z: jax.Array, size: jax.Array, by: Any) -> jax.Array:
     """z with its ``size`` reduced by ``by``, to 0 at most."""
     safe = jnp.where(size > 0, size, 1)
-    return z * (jnp.maximum(size - real_like(by, size), 0) / safe)
+    return z * real_like(jnp.maximum(size - real_like(by, size), 0) / safe, z)
 
 
-def _check_numbers(name: str, tree: Any, low: float, *, high_closed: bool = False) -> None:
-    """Raises ValueError for a leaf that is neither an array nor a number from ``low`` on."""
-    for value in [None] if tree is None else jax.tree.leaves(tree):
-        if getattr(value, "ndim", 0) == 0:
-            check_range(name, value, low, high_closed=high_closed)
+def _check_entries(name: str, tree: Any, low: float, *, high_closed: bool = False) -> None:
+    """Raises ValueError for a leaf that is not a number from ``low`` on or an array of them."""
+    if tree is None:  # a tree without leaves
+        check_range(name, None, low, high_closed=high_closed)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        where = name + jax.tree_util.keystr(path)
+        if not getattr(leaf, "ndim", 0):
+            check_range(where, leaf, low, high_closed=high_closed)
+            continue
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+            raise ValueError(f"{where} must hold real numbers, got an array of {leaf.dtype}")
+        array = _known(leaf)
+        if array is not None:
+            inside = (array >= low) & ((array < np.inf) | high_closed)
+            for wrong in array[~inside][:1]:
+                check_range(where, wrong, low, high_closed=high_closed)
 
 
-def _spread(prefix: Any, tree: Any) -> Any:
-    return jax.tree.broadcast(prefix, tree)
+def _check_order(path: tuple[Any, ...], low: Any, high: Any) -> None:
+    """Raises ValueError where ``low`` is above ``high``, if both are known."""
+    a, b = _known(low), _known(high)
+    if a is None or b is None:
+        return
+    try:
+        wrong = np.asarray(a > b)
+    except ValueError:  # of shapes that do not fit, which the prox finds
+        return
+    if np.any(wrong):
+        a, b = (float(np.broadcast_to(x, wrong.shape)[wrong][0]) for x in (a, b))
+        where = jax.tree_util.keystr(path)
+        raise ValueError(f"low{where} must not be above high{where}, got low={a}, high={b}")
+
+
+def _known(leaf: Any) -> Any:
+    """A number or its values in NumPy; None if it is traced or other processes hold some of it."""
+    if isinstance(leaf, Tracer) or not getattr(leaf, "is_fully_addressable", True):
+        return None
+    return np.asarray(leaf) if hasattr(leaf, "dtype") else leaf
+
+
+def _spread(name: str, prefix: Any, tree: Any) -> Any:
+    """``prefix`` with an entry for each leaf of ``tree``; ValueError if they do not match."""
+    try:
+        spread = jax.tree.broadcast(prefix, tree)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a number, an array or a tree that is a prefix of params, got "
+            f"{jax.tree.structure(prefix)} for {jax.tree.structure(tree)}; give each parameter its "
+            "entry, and numbers of one array as an array, not a list"
+        ) from None
+
+    def check(path: tuple[Any, ...], entry: Any, z: Any) -> None:
+        given, allowed = jnp.shape(entry), jnp.shape(z)
+        try:
+            fits = np.broadcast_shapes(given, allowed) == allowed
+        except ValueError:
+            fits = False
+        if not fits:
+            where = f" of parameter {jax.tree_util.keystr(path)}" if path else ""
+            raise ValueError(
+                f"{name}{where} must be a number or an array that broadcasts to {allowed}, got "
+                f"shape {given}; reshape it"
+            )
+
+    jax.tree_util.tree_map_with_path(check, spread, tree)
+    return spread

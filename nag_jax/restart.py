@@ -10,7 +10,7 @@ number that it sees again at the next step. A new one is one more function; none
 
 from typing import Any
 
-from nag_jax._checks import check_count
+from nag_jax._checks import as_static, check_count
 from nag_jax._restarting import Condition as Condition
 from nag_jax._restarting import RestartState as RestartState
 from nag_jax._restarting import Seen as Seen
@@ -37,7 +37,8 @@ def by_name(condition: str | Condition | None) -> Condition | None:
     if not isinstance(condition, str) or condition not in named:
         raise ValueError(
             "restart must be one of 'gradient', 'value', 'speed', a condition such as "
-            f"nag_jax.restart.every(100), or None for never, got {condition!r}"
+            f"nag_jax.restart.every(100), or None for never, got {condition!r}; "
+            f"{as_static('restart')}"
         )
     return named[condition]
 
@@ -54,6 +55,7 @@ def gradient(seen: Seen) -> tuple[Any, Any]:
       O'Donoghue, Candes, Adaptive restart for accelerated gradient schemes, 2012,
       arXiv:1204.3982, section 3.2.
     """
+    _check_seen(seen)
     return seen.dot(seen.u, seen.v) < 0, seen.remembered
 
 
@@ -73,6 +75,7 @@ def value(seen: Seen) -> tuple[Any, Any]:
       O'Donoghue, Candes, Adaptive restart for accelerated gradient schemes, 2012,
       arXiv:1204.3982, section 3.1 (there at x, one more evaluation).
     """
+    _check_seen(seen)
     if seen.value is None:
         raise ValueError(
             "restart.value needs the loss at params, got none; call "
@@ -93,6 +96,7 @@ def speed(seen: Seen) -> tuple[Any, Any]:
       Su, Boyd, Candes, A differential equation for modeling Nesterov's accelerated gradient
       method, 2015, arXiv:1503.01243, section 5.
     """
+    _check_seen(seen)
     now = seen.dot(seen.v, seen.v)
     return (seen.steps >= 10) & (now < seen.remembered), now
 
@@ -112,4 +116,18 @@ def every(n: int) -> Condition:
     >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.every(100))
     """
     check_count("n", n)
-    return lambda seen: (seen.steps + 1 >= n, seen.remembered)
+
+    def condition(seen: Seen) -> tuple[Any, Any]:
+        _check_seen(seen)
+        return seen.steps + 1 >= n, seen.remembered
+
+    return condition
+
+
+def _check_seen(seen: Any) -> None:
+    """Raises ValueError where ``inject_hyperparams`` calls a condition as if it were a schedule."""
+    if not isinstance(seen, Seen):
+        raise ValueError(
+            f"a restart condition was called with {seen!r} instead of a restart.Seen; "
+            f"{as_static('restart')}, or give its name"
+        )

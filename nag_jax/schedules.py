@@ -68,7 +68,7 @@ def sutskever(
         )
 
     def schedule(step: Step) -> jax.Array:
-        momentum = jnp.minimum(1 - 0.5 / (step // period + 1), max_momentum)
+        momentum = jnp.minimum(1 - 0.5 / (jnp.asarray(step // period, float) + 1), max_momentum)
         if total_steps is None:
             return momentum
         final = jnp.minimum(momentum, final_momentum)
@@ -105,7 +105,7 @@ def convex(a: float = 2.0) -> optax.Schedule:
     check_range("a", a, 2.0)
 
     def schedule(step: Step) -> jax.Array:
-        k = jnp.maximum(step - 1, 0)
+        k = jnp.asarray(jnp.maximum(step - 1, 0), float)
         return k / (k + (1 + a))
 
     return schedule

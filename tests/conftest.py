@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict broadcasting, float64 and forked runs on request, for every test."""
+"""Eight CPU devices, strict broadcasting, and float64 on request, for every test."""
 
 import os
 
@@ -10,7 +10,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", programs.FLAGS)
 
 import chex
-import forks
 import jax
 import pytest
 
@@ -24,14 +23,6 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Starts runs of the example trainer as processes of their own."""
-    server = forks.Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(autouse=True)

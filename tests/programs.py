@@ -23,6 +23,25 @@ def compiled(lowered):
     return lowered.compile(compiler_options=_USUAL)
 
 
+_compilations = []  # a list is made the listener of JAX once, and stays it
+
+
+def compilations(call):
+    """How many programs are compiled, or read from a cache of them, during ``call()``."""
+    import jax  # after conftest.py has set what it reads
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            _compilations[0] += 1
+
+    if not _compilations:
+        _compilations.append(0)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+    before = _compilations[0]
+    call()
+    return _compilations[0] - before
+
+
 def computations(text):
     """The computations of an HLO module by name, the entry under "ENTRY"."""
     parts = re.findall(r"^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", text, flags=re.M | re.S)

@@ -239,6 +239,19 @@ def test_leaves_without_a_gradient_stay(make):
     assert np.all(np.asarray(new.m["b"]) == 0)
 
 
+@every_method
+def test_the_count_of_steps_does_not_wrap(make):
+    """After the last step that int32 can count it still is proximal gradient descent."""
+    tx, params = make(0.1, L1, horizon=3), jnp.array([1.0, -2.0])
+    last = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
+    state = tx.init(params)._replace(carry=last)
+    for _ in range(2):
+        updates, state = tx.update(jnp.ones(2), state, params)
+        np.testing.assert_allclose(updates, [-0.13, -0.07], rtol=1e-5)
+        assert state.carry == last
+        assert state.carry.dtype == last.dtype
+
+
 BAD = {
     "zero": (dict(horizon=0), r"horizon must be an int of at least 1, got 0"),
     "half": (dict(horizon=2.5), r"horizon must be an int .* got 2.5; .*static_args"),

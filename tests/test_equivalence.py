@@ -108,6 +108,7 @@ def test_equals_optax_sgd(mode, dtype, rate, request):
     assert_same_numbers(nag_jax.nag(RATES[rate], 0.9), theirs, dtype, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize(("mode", "wrapper"), PIPELINES)
 def test_equals_optax_sgd_in_a_pipeline(mode, wrapper, rate):

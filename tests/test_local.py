@@ -321,6 +321,50 @@ def test_scan_donation_and_a_checkpoint_within_a_round():
     assert np.max(np.abs(other[0] - whole[0])) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["lookahead", "snoo", "adam outside", "fista outside", "diloco"])
+def test_steps_outside_of_jit_compile_nothing_anew(name):
+    """And nothing else that is called again and again; the numbers are those of jit."""
+    sgd, every = optax.sgd(0.3), 3
+    optimizer = {
+        "lookahead": nag_jax.lookahead(sgd, every=every),
+        "snoo": nag_jax.snoo(sgd, every=every),
+        "adam outside": nag_jax.outer(sgd, optax.adam(0.1), every=every),
+        "fista outside": nag_jax.outer(sgd, nag_jax.fista(0.5), every=every),
+        "diloco": nag_jax.diloco(sgd, AXIS, every=every),
+    }[name]
+    start, *data = problem(2)
+    step = jax.vmap(step_of(optimizer), axis_name=AXIS)
+    init, read = jax.vmap(optimizer.init), jax.vmap(nag_jax.eval_params)
+    if name != "diloco":
+        start, *data = (row[0] for row in (start, *data))
+        step, init, read = step_of(optimizer), optimizer.init, nag_jax.eval_params
+    params, state = start, init(start)
+    jitted, (expected, expected_state) = jax.jit(step), (params, state)
+
+    def steps():
+        nonlocal params, state
+        for _ in range(2 * every):
+            params, state = step(params, state, *data)
+            read(params, state)
+            nag_jax.replicas_in_sync(state)
+            if name != "diloco":
+                nag_jax.resynchronize(params, state)
+
+    steps()
+    assert programs.compilations(steps) == 0
+    for _ in range(4 * every):
+        expected, expected_state = jitted(expected, expected_state, *data)
+    chex.assert_trees_all_close((params, state), (expected, expected_state), rtol=1e-5, atol=1e-6)
+
+
+def test_the_count_of_inner_steps_stays_at_the_largest_integer():
+    optimizer, params = nag_jax.lookahead(optax.sgd(1.0), every=4), jnp.ones(1)
+    state = optimizer.init(params)._replace(steps=jnp.asarray(2**31 - 1, jnp.int32))
+    for update in (optimizer.update, jax.jit(optimizer.update, static_argnames="sync")):
+        _, after = update(params, state, params, sync=False)
+        assert after.steps == state.steps
+
+
 def test_a_float32_slow_copy_keeps_what_bfloat16_params_lose():
     moved = {}
     gradient = jnp.full(3, 1 / 128)  # a step of an ulp or two of 1, of which a tenth is lost
@@ -418,7 +462,9 @@ def test_errors():
     for every in (0, -1, 2.5, True, None):
         with pytest.raises(ValueError, match=r"every must be an int of at least 1"):
             make(every=every)
-    with pytest.raises(ValueError, match=r"slow_dtype must be a floating dtype .* got 'int8'"):
+    with pytest.raises(
+        ValueError, match=r"slow_dtype must be a floating or complex dtype .* got 'int8'"
+    ):
         make(every=2, slow_dtype="int8")
     with pytest.raises(ValueError, match=r"outer_optimizer must be an optax.Gradient.* got 0.7"):
         nag_jax.outer(sgd, 0.7, every=2)

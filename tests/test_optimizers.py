@@ -140,7 +140,10 @@ def test_weight_decay_mask_leaves_the_rest_alone(convention, decay):
 
 
 BAD_ARGUMENTS = {
-    "dtype": (dict(learning_rate=0.1, accumulator_dtype="nonsense"), "must be a floating dtype"),
+    "dtype": (
+        dict(learning_rate=0.1, accumulator_dtype="nonsense"),
+        "must be a floating or complex dtype",
+    ),
     "momentum": (dict(learning_rate=0.1, momentum=1.0), r"momentum must be in \[0, 1\), got 1;"),
     "negative": (dict(learning_rate=0.1, momentum=-0.1), r"momentum must be in \[0, 1\), got -0.1"),
     "nan": (dict(learning_rate=0.1, momentum=float("nan")), r"momentum must be in .*got nan"),
@@ -154,7 +157,7 @@ BAD_ARGUMENTS = {
     ),
     "accumulator": (
         dict(learning_rate=0.1, accumulator_dtype="int8"),
-        r"accumulator_dtype must be a floating dtype",
+        r"accumulator_dtype must be a floating or complex dtype",
     ),
 }
 
@@ -224,11 +227,11 @@ def test_from_optax_keeps_the_step_and_can_place_the_evaluation_iterate():
         _, expected = nag.update(params, expected)
     readout = 0.9 * float(jumping_rate(4))
     converted = nag_jax.from_optax(state, readout=readout)
-    assert int(converted[0].carry) == 5
+    assert int(converted.carry) == 5
     at = lambda state: np.asarray(nag_jax.eval_params(params, state))
     np.testing.assert_allclose(at(converted), at(expected), rtol=1e-6)
     assert np.array_equal(at(nag_jax.from_optax(state)), params)
-    assert int(nag_jax.from_optax(state, step=7)[0].carry) == 7
+    assert int(nag_jax.from_optax(state, step=7).carry) == 7
 
 
 def test_from_optax_can_be_donated():
@@ -253,6 +256,21 @@ def test_from_optax_takes_the_step_of_sgd_itself():
         if isinstance(s, nag_jax.AccelerateState)
     ]
     assert int(converted.carry) == 2
+
+
+def test_from_optax_of_a_trace_within_a_chain():
+    """It becomes accelerate(rules.trace(...)) at that place."""
+    links = optax.clip(9.0), optax.trace(0.9, nesterov=True), optax.scale_by_learning_rate(0.1)
+    kernel = nag_jax.accelerate(nag_jax.rules.trace(0.9, 0.1))
+    theirs, ours = optax.chain(*links), optax.chain(links[0], kernel, links[2])
+    params = jnp.ones(3)
+    _, state = theirs.update(params, theirs.init(params))
+    converted = nag_jax.from_optax(state)
+    assert jax.tree.structure(converted) == jax.tree.structure(ours.init(params))
+    updates, after = ours.update(params, converted)
+    np.testing.assert_array_equal(updates, theirs.update(params, state)[0])
+    x = nag_jax.eval_params(params + updates, after)
+    np.testing.assert_allclose(x, params - 0.1 * params, rtol=1e-6)
 
 
 def test_from_optax_refuses_a_state_without_momentum():

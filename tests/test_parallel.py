@@ -174,7 +174,7 @@ def test_a_nan_on_one_device_is_an_update_of_none(mode, policy, accumulate):
     assert (state.steps, state.skipped, state.in_a_row) == (4, 1, 1)
     if policy == "skip":
         after, state, metrics = step(params, state, good)
-        step.check(state._replace(in_a_row=0 * state.in_a_row))
+        step.check(state)
         assert (state.steps, state.skipped, state.in_a_row) == (5, 1, 0)
         chex.assert_trees_all_close(after, alone(NAG, start(), [good] * 4), rtol=0, atol=1e-6)
         return
@@ -185,10 +185,11 @@ def test_a_nan_on_one_device_is_an_update_of_none(mode, policy, accumulate):
             calls += 1
     assert calls == 7  # the eighth looks at what came of the bad batch
     chex.assert_trees_all_equal(params, kept)
-    with pytest.raises(FloatingPointError, match="step 3 "):
+    with pytest.raises(FloatingPointError, match=r"step 3 .* step\.resume\(state\)"):
         step.check(state)
-    after, state, _ = step(params, state._replace(in_a_row=0 * state.in_a_row), good)
+    after, state, _ = step(params, step.resume(state), good)
     step.check(state)
+    assert (state.steps, state.in_a_row) == (12, 0)
     chex.assert_trees_all_close(after, alone(NAG, start(), [good] * 4), rtol=0, atol=1e-6)
 
 
@@ -217,6 +218,33 @@ def test_pieces_count_by_their_weight(mode, accumulate):
         )
         wrong, _, _ = run(unweighted, jnp.zeros(3), [batch] * 5)
         assert np.abs(wrong - expected).max() > 1e-2
+
+
+def test_resuming_forgets_what_was_not_raised_yet():
+    step = nag_jax.train_step(lambda p, b: jnp.mean(b) * p, optax.sgd(1.0))
+    params = jnp.zeros([])
+    state = step.init(params)
+    for rows in [np.full(8, np.inf, np.float32)] * 3:
+        params, state, _ = step(params, state, rows)
+    state = step.resume(state)
+    for _ in range(20):
+        params, state, _ = step(params, state, np.ones(8, np.float32))
+    step.check(state)
+    assert (params, state.skipped) == (-20, 3)
+    traced = jax.jit(step.resume)(state._replace(in_a_row=jnp.asarray(5)))
+    assert traced.in_a_row == 0
+
+
+def test_counts_stay_at_the_largest_integer():
+    most = np.int32(2**31 - 1)
+    step = nag_jax.train_step(lambda p, b: jnp.mean(b) * p, optax.sgd(1.0), nonfinite="skip")
+    params = jnp.zeros([])
+    state = step.init(params)._replace(steps=most, skipped=most, in_a_row=most)
+    for value in (np.nan, np.nan):
+        params, state, metrics = step(params, state, np.full(8, value, np.float32))
+        assert state.steps == state.skipped == state.in_a_row == metrics["skipped"] == most
+    params, state, _ = step(params, state, np.ones(8, np.float32))
+    assert (params, state.steps, state.skipped, state.in_a_row) == (-1, most, most, 0)
 
 
 def test_the_norm_of_a_float16_gradient_does_not_overflow():
@@ -337,6 +365,133 @@ def test_compiles_once_and_donates(mode):
         assert len(traces) == 1
 
 
+def made_under(mesh, tree):
+    with jax.set_mesh(mesh):
+        return jax.tree.map(lambda x: 1 * jnp.asarray(x), tree)
+
+
+def put(tree, mesh, *spec):
+    return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+
+
+def sliced(batch):
+    """Rows out of the middle of an epoch that is spread over the devices."""
+    rows = len(batch["y"])
+    epoch = jax.tree.map(lambda x: np.concatenate([x + 1, x, x + 2, x + 3]), batch)
+    return jax.tree.map(lambda x: x[rows : 2 * rows], put(epoch, mesh_of(4), "data"))
+
+
+def elsewhere():
+    return jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[6:])
+
+
+EXPLICIT = AxisType.Explicit
+PLACEMENTS = {
+    "numpy": lambda tree: tree,
+    "no device in particular": lambda tree: jax.tree.map(jnp.asarray, tree),
+    "another device": lambda tree: jax.device_put(tree, jax.devices()[7]),
+    "whole on the mesh": lambda tree: put(tree, mesh_of(4)),
+    "whole on an explicit mesh": lambda tree: put(tree, mesh_of(4, EXPLICIT)),
+    "whole on more devices": lambda tree: put(tree, mesh_of(8)),
+    "whole on other devices": lambda tree: put(tree, elsewhere()),
+    "made under set_mesh": lambda tree: made_under(mesh_of(4), tree),
+    "made under an explicit set_mesh": lambda tree: made_under(mesh_of(4, EXPLICIT), tree),
+}
+BATCHES = PLACEMENTS | {
+    "sliced": sliced,
+    "rows on the mesh": lambda batch: put(batch, mesh_of(4), "data"),
+    "rows on an explicit mesh": lambda batch: put(batch, mesh_of(4, EXPLICIT), "data"),
+    "rows on other devices": lambda batch: put(batch, elsewhere(), "rows"),
+    "leaves on different devices": lambda batch: (
+        batch | {"x": jax.device_put(batch["x"], jax.devices()[5])}
+    ),
+}
+
+
+@every_mode
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_arrays_may_lie_anywhere(mode, kind):
+    """The batch, in each call; params and state, before the first step and before a later one."""
+    traces = []
+
+    def counted(params, batch):
+        traces.append(1)
+        return loss(params, batch)
+
+    step = nag_jax.train_step(counted, NAG, mesh=mesh_of(4, kind), mode=mode, accumulate=2)
+    params, batch = jax.device_get((start(), batch_of(12)))  # rows 8 to 11 do not divide evenly
+    first = jax.device_get(step(params, step.init(params), batch)[:2])
+    second = jax.device_get(step(*first, batch)[:2])
+    chex.assert_trees_all_close(second[0], alone(NAG, params, [batch] * 2), rtol=0, atol=1e-6)
+    traced = len(traces)
+    for place in BATCHES.values():
+        actual = step(*first, place(batch))[:2]
+        chex.assert_trees_all_equal(jax.device_get(actual), second)
+    for place in PLACEMENTS.values():
+        given = place(params)
+        chex.assert_trees_all_equal(jax.device_get(step.init(given)), step.init(params))
+        actual = step(given, step.init(given), batch)[:2]
+        chex.assert_trees_all_equal(jax.device_get(actual), first)
+        actual = step(*place(first), batch)[:2]
+        chex.assert_trees_all_equal(jax.device_get(actual), second)
+    assert len(traces) == traced
+    for foreign in (mesh_of(8, AxisType.Explicit), mesh_of(4, AxisType.Explicit), mesh_of(8)):
+        with jax.set_mesh(foreign):
+            given = jax.tree.map(jnp.asarray, params)
+            params_, state, _ = step(given, step.init(given), batch)
+            params_, state, _ = step(params_, state, jax.tree.map(jnp.asarray, batch))
+            step.check(step.resume(state))
+        chex.assert_trees_all_close(jax.device_get((params_, state)), second, rtol=1e-6)
+
+
+@every_mode
+def test_refuses_what_is_split_over_another_mesh(mode):
+    """To gather it would take as many times the memory as there are parts, unasked."""
+    step = nag_jax.train_step(loss, NAG, mesh=mesh_of(4), mode=mode)
+    params = start()
+    state = step.init(params)
+    split = params | {"b": put(params["b"], elsewhere(), "rows")}
+    for call in (lambda: step.init(split), lambda: step(split, state, batch_of(8))):
+        with pytest.raises(ValueError, match=r"an array of shape \(8,\) is split over devices by"):
+            call()
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map"])
+def test_refuses_another_mesh_inside_jit(mode):
+    auto, explicit = mesh_of(4), mesh_of(4, AxisType.Explicit)
+    for own, other in ((auto, explicit), (explicit, auto), (auto, mesh_of(8))):
+        step = nag_jax.train_step(loss, NAG, mesh=own, mode=mode)
+        params = put(start(), own)
+        state = step.init(params)
+        with jax.set_mesh(other), pytest.raises(ValueError, match="a step made for Mesh"):
+            jax.jit(step)(start(), jax.device_get(state), batch_of(8))
+        if other.size == own.size:
+            with pytest.raises(ValueError, match="pass that mesh to train_step"):
+                jax.jit(step)(params, state, put(batch_of(8), other, "data"))
+        with jax.set_mesh(own):
+            jax.jit(step)(params, state, put(batch_of(8), own, "data"))
+
+
+@every_mode
+def test_calls_with_the_same_shapes_compile_nothing_anew(mode):
+    step, params = nag_jax.train_step(loss, NAG, mode=mode, accumulate=2), start()
+    state, batch = step.init(params), batch_of(29)
+    given = jax.tree.map(jnp.asarray, batch)
+
+    def calls():
+        nonlocal params, state
+        params, state, _ = step(params, state, batch)
+        params, state, _ = step(params, step.resume(state), given)
+        step.check(state)
+        step.init(start())
+        nag_jax.replicas_in_sync((params, state))
+        nag_jax.eval_params(params, state.opt_state)
+
+    calls()
+    calls()
+    assert programs.compilations(calls) == 0
+
+
 @every_mode
 def test_complex_parameters_descend(mode):
     step = nag_jax.train_step(
@@ -437,11 +592,12 @@ def test_gradients_of_steps_by_hand_are_what_the_page_says():
         (dict(accumulate=2.0), "accumulate must be an int"),
         (dict(axis="rows"), "mesh"),
         (dict(mesh="cpu"), "mesh must be a jax.sharding.Mesh"),
+        (dict(optimizer=nag_jax.nag), r"optimizer must be an optax\.GradientTransformation"),
     ],
 )
 def test_bad_arguments(wrong, message):
     with pytest.raises(ValueError, match=message):
-        nag_jax.train_step(loss, NAG, **(dict(mesh=mesh_of(8)) | wrong))
+        nag_jax.train_step(loss, **(dict(optimizer=NAG, mesh=mesh_of(8)) | wrong))
 
 
 @every_mode

@@ -1,5 +1,9 @@
 """Proximal operators minimize what they say; proximal steps are the papers', with their bounds."""
 
+import functools
+import re
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +133,264 @@ def test_every_projection_of_optax(name):
 def test_projections_are_not_taken_for_a_prox():
     with pytest.raises(ValueError, match=r"optax's projection_simplex.*proximal\.projection"):
         proximal.prox_step(optax.projections.projection_simplex, 0.1)
+
+
+def lasso(x, l1reg=None, scaling=1.0):
+    """What jaxopt's looks like."""
+    return jax.tree.map(lambda z: soft(np.asarray(z), l1reg * scaling), x)
+
+
+class Elastic:
+    def __call__(self, x, hyperparams=(1.0, 1.0), scaling=1.0):
+        return x
+
+
+TAKERS = {
+    "prox_step": lambda prox: proximal.prox_step(prox, 0.1),
+    "fista": lambda prox: nag_jax.fista(0.1, prox),
+    "pogm": lambda prox: nag_jax.pogm(0.1, prox, horizon=3),
+    "optista": lambda prox: nag_jax.optista(0.1, prox, horizon=3),
+    "backtracking": lambda prox: nag_jax.backtracking(prox),
+    "minimize": lambda prox: nag_jax.minimize(smooth, jnp.zeros(25), prox=prox),
+}
+TWO = "cannot be called with a tree and a step"
+NO_PROX = {
+    "jaxopt's": (lasso, "its l1reg; wrap it as lambda x, step: lasso(x, l1reg=..., scaling=step)"),
+    "jitted": (jax.jit(lasso), "lasso(x, l1reg=..., scaling=step)"),
+    "strength given": (functools.partial(lasso, l1reg=0.1), TWO),
+    "scaling given": (functools.partial(lasso, scaling=0.1), "take the step for its l1reg"),
+    "object": (Elastic(), "Elastic(x, hyperparams, scaling), which would take the step for its"),
+    "method": (Elastic().__call__, "take the step for its hyperparams"),
+    "other names": (lambda x, weight=1.0, scaling=1.0: x, "take the step for its weight"),
+    "strength first": (lambda x, strength=0.1, step=1.0: x, "(x, strength=..., step=step)"),
+    "three arguments": (lambda x, strength, step: x, TWO),
+    "three others": (
+        lambda x, step, weight: x,
+        "lambda x, step: <lambda>(x, step=step, weight=...)",
+    ),
+    "by keyword": (lambda x, *, step, weight=1.0: x, "lambda x, step: <lambda>(x, step=step)"),
+    "simplex": (lambda x, value=1.0: x, "for its value; wrap it in proximal.projection"),
+    "ball": (lambda x, max_value=1.0: x, "proximal.projection"),
+    "box": (lambda x, hyperparams: x, "proximal.projection"),
+    "one argument": (lambda x: x, TWO),
+    "optax's": (jax.jit(optax.projections.projection_l1_ball), "optax's projection_l1_ball"),
+    "factory": (proximal.box, "got box itself; call it"),
+    "factory without arguments": (proximal.nonnegative, "got nonnegative itself; call it"),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_a_prox_of_jaxopt_is_refused_wherever_one_is_taken(taker):
+    with pytest.raises(ValueError, match=r"prox must be a function \(tree, step\) -> tree, got l"):
+        TAKERS[taker](lasso)
+
+
+@pytest.mark.parametrize("name", NO_PROX)
+def test_what_would_misuse_the_step_is_refused(name):
+    prox, message = NO_PROX[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        proximal.prox_step(prox, 0.1)
+
+
+def test_every_prox_and_projection_of_jaxopt_is_refused():
+    with warnings.catch_warnings(action="ignore"):  # JAXopt is no longer maintained
+        jaxopt = pytest.importorskip("jaxopt")
+    of_prox = [getattr(jaxopt.prox, name) for name in dir(jaxopt.prox) if name[:5] == "prox_"]
+    projections = [
+        getattr(jaxopt.projection, name) for name in dir(jaxopt.projection) if name[:5] == "proje"
+    ]
+    assert min(len(of_prox), len(projections)) > 5
+    for prox in of_prox + projections:
+        with pytest.raises(ValueError, match="which would take the step for its"):
+            proximal.prox_step(prox, 0.1)
+    z = jnp.array([2.0, -0.3, 0.05])
+    wrapped = lambda x, step: jaxopt.prox.prox_lasso(x, 0.7, scaling=step)
+    ours, theirs = (proximal.prox_step(p, 0.1) for p in (proximal.l1(0.7), wrapped))
+    expected, _ = ours.update(-z, ours.init(z), z)
+    np.testing.assert_allclose(theirs.update(-z, theirs.init(z), z)[0], expected, rtol=1e-6)
+    ball = proximal.projection(jaxopt.projection.projection_l2_ball, max_value=1.0)
+    np.testing.assert_allclose(jnp.linalg.norm(ball(z, 0.1)), 1.0, rtol=1e-6)
+
+
+def halve(z, step):
+    """The prox of |z|^2/2 for a step of 1."""
+    return jax.tree.map(lambda x: x / (1 + step), z)
+
+
+class Ridge:
+    def __call__(self, tree, t):
+        return halve(tree, t)
+
+    def method(self, v, eta, weights=None):
+        return halve(v, eta)
+
+    @jax.jit
+    def jitted(v, lam):
+        return halve(v, lam)
+
+
+@functools.wraps(lasso)
+def wrapping(x, step):
+    return halve(x, step)
+
+
+PROXES = {
+    "plain": halve,
+    "any names": lambda v, eta: halve(v, eta),
+    "underscores": lambda _, __: halve(_, __),
+    "defaults": lambda x, step=1.0, weights=None: halve(x, step),
+    "its own scaling": lambda x, step, scaling=1.0: halve(x, step * scaling),
+    "scaling is the step": lambda x, scaling: halve(x, scaling),
+    "strength bound": functools.partial(lambda hyperparams, x, scaling: halve(x, scaling), 0.1),
+    "keyword bound": functools.partial(lambda x, t, weight: halve(x, weight * t), weight=1.0),
+    "keyword only": lambda x, gamma, *, scaling=1.0: halve(x, gamma),
+    "any arguments": lambda *arguments: halve(*arguments),
+    "jitted": jax.jit(halve),
+    "wraps another": wrapping,
+    "wraps another, jitted": jax.jit(wrapping),
+    "checkpoint": jax.checkpoint(halve),
+    "object": Ridge(),
+    "method": Ridge().method,
+    "static": Ridge.jitted,
+}
+
+
+@pytest.mark.parametrize("name", PROXES)
+def test_a_prox_of_ones_own_may_look_as_it_likes(name):
+    tx, params = proximal.prox_step(PROXES[name], 1.0), jnp.array([4.0, -2.0])
+    updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
+    np.testing.assert_array_equal(updates, [-2.0, 1.0])
+
+
+@pytest.mark.parametrize("taker", ["prox_step", "pogm", "backtracking"])
+@pytest.mark.parametrize(
+    "prox",
+    [lambda x, step: jnp.sum(jnp.abs(x)), lambda x, step: (x, step), lambda x, step: halve],
+    ids=["a penalty", "a pair", "a function"],
+)
+def test_a_prox_returns_what_it_was_given(taker, prox):
+    tx, params = TAKERS[taker](prox), jnp.ones(3)
+    value = dict(value=1.0, value_fn=jnp.sum)
+    with pytest.raises(ValueError, match="prox must return a tree with the structure and shapes"):
+        tx.update(params, tx.init(params), params, **value)
+
+
+@pytest.mark.parametrize(
+    ("project", "arguments"),
+    [
+        (0.5, {}),
+        (optax.projections.projection_box, {}),
+        (optax.projections.projection_simplex, dict(radius=2.0)),
+        (proximal.l1(0.1), {}),
+    ],
+)
+def test_a_projection_takes_a_tree_and_its_arguments(project, arguments):
+    with pytest.raises(ValueError, match="project must be a function of a tree, with its other"):
+        proximal.projection(project, **arguments)
+
+
+PENALTY_TREE = {"w": jnp.array([[2.0, -0.3], [0.5, -4.0]]), "b": jnp.array([0.1, 3.0])}
+MISMATCHED = {
+    "fewer": (dict(strength={"w": 0.1}), r"tree that is a prefix of params, got .*'w': \*"),
+    "more": (dict(strength={"w": 0.1, "b": 0.1, "c": 0.1}), "give each parameter its entry"),
+    "none": (dict(strength={"w": 0.1, "b": None}), "give each parameter its entry"),
+    "list": (dict(strength=[0.1, 0.2]), "numbers of one array as an array, not a list"),
+    "long": (
+        dict(strength={"w": 0.1, "b": np.ones(3)}),
+        r"of parameter \['b'\] must be .* broadcasts to \(2,\), got shape \(3,\)",
+    ),
+    "too many axes": (
+        dict(strength={"w": 0.1, "b": np.ones((5, 2))}),
+        r"of parameter \['b'\] must be .* broadcasts to \(2,\), got shape \(5, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHED)
+@pytest.mark.parametrize("make", ["l1", "group_l1", "elastic l1", "elastic l2", "low", "high"])
+def test_a_tree_of_strengths_or_bounds_matches_params(make, name):
+    (strength,), message = MISMATCHED[name][0].values(), MISMATCHED[name][1]
+    makers = {
+        "l1": lambda s: proximal.l1(s),
+        "group_l1": lambda s: proximal.group_l1(s, axis=()),
+        "elastic l1": lambda s: proximal.elastic_net(s, 0.1),
+        "elastic l2": lambda s: proximal.elastic_net(0.1, s),
+        "low": lambda s: proximal.box(s, 5.0),
+        "high": lambda s: proximal.box(-1.0, s),
+    }
+    argument = {"l1": "strength", "group_l1": "strength"}.get(make, make.split()[-1])
+    with pytest.raises(ValueError, match=f"{argument}.*{message}"):
+        makers[make](strength)(PENALTY_TREE, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"),
+    [
+        ({"w": 0.1, "b": -1.0}, r"\['b'\] must be in \[0, inf\), got -1"),
+        ({"w": 0.1, "b": np.nan}, r"\['b'\] must be in \[0, inf\), got nan"),
+        ({"w": 0.1, "b": "x"}, r"\['b'\] must be a number in \[0, inf\), got 'x'"),
+        (np.array([0.1, -2.0]), r" must be in \[0, inf\), got -2"),
+        (jnp.array([[0.1], [jnp.nan]]), r" must be in \[0, inf\), got nan"),
+        (np.array([0.1, np.inf]), r" must be in \[0, inf\), got inf"),
+        (jnp.ones(2, complex), " must hold real numbers, got an array of complex64"),
+        (np.array(["a", "b"]), " must hold real numbers, got an array of <U1"),
+        (None, r" must be a number in \[0, inf\), got None"),
+    ],
+)
+def test_every_entry_of_a_strength_is_checked_where_it_is_given(strength, message):
+    for make in (proximal.l1, proximal.group_l1, lambda s: proximal.elastic_net(0.1, s)):
+        with pytest.raises(ValueError, match=rf"^(strength|l2){message}"):
+            make(strength)
+
+
+def test_bounds_are_checked():
+    for low, high, got in (
+        (np.array([0.0, 2.0]), 1.0, "low=2.0, high=1.0"),
+        (0.0, jnp.array([[1.0], [-1.0]]), "low=0.0, high=-1.0"),
+        ({"w": 0.0, "b": 3.0}, {"w": 1.0, "b": jnp.ones(2)}, "low=3.0, high=1.0"),
+    ):
+        with pytest.raises(ValueError, match=r"low.* must not be above high.*, got " + got):
+            proximal.box(low, high)
+    tree = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"low\['b'\] must not be above high\['b'\]"):
+        proximal.box({"w": 0.0, "b": 3.0}, 1.0)(tree, 0.1)  # known once both meet the tree
+    for wrong in (np.nan, np.array([0.0, np.nan]), None, "x"):
+        with pytest.raises(ValueError, match="low must be"):
+            proximal.box(wrong, 1.0)
+    same = proximal.box(jnp.float32(0.1), 0.1)  # in float32 they are
+    np.testing.assert_allclose(same(jnp.array([0.0, 1.0]), 0.5), 0.1, rtol=1e-6)
+
+
+def test_strengths_and_bounds_of_each_kind_have_their_effect():
+    tree, step = PENALTY_TREE, 0.5
+    rows = np.array([[1.0], [2.0]])
+    for strength in ({"w": rows, "b": 0.2}, {"w": jnp.asarray(rows), "b": np.float32(0.2)}):
+        shrunk = proximal.l1(strength)(tree, step)
+        np.testing.assert_allclose(shrunk["w"], soft(np.asarray(tree["w"]), step * rows), rtol=1e-6)
+        np.testing.assert_allclose(shrunk["b"], [0.0, 2.9], rtol=1e-6)
+        norms = np.linalg.norm(tree["w"], axis=1, keepdims=True)
+        scale = np.maximum(norms - step * rows, 0) / norms
+        grouped = proximal.group_l1(strength)(tree, step)["w"]
+        np.testing.assert_allclose(grouped, scale * tree["w"], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"broadcasts to \(2, 1\), got shape \(2, 2\)"):
+        proximal.group_l1({"w": np.ones((2, 2)), "b": 0.2})(tree, step)
+    ridge = proximal.elastic_net({"w": 0.0, "b": 0.2}, {"w": rows, "b": 0.0})(tree, step)
+    np.testing.assert_allclose(ridge["w"], tree["w"] / (1 + step * rows), rtol=1e-6)
+    clipped = proximal.box({"w": -rows, "b": -np.inf}, 1.0)(tree, step)
+    np.testing.assert_allclose(clipped["w"], [[1.0, -0.3], [0.5, -2.0]], rtol=1e-6)
+
+
+def test_derivatives_in_a_traced_strength():
+    """The prox of a lasso falls by step for each unit of strength, where it is not 0."""
+    z = {"w": jnp.array([2.0, -3.0, 0.1]), "b": jnp.array([4.0])}
+    total = lambda s: sum(jnp.sum(x) for x in jax.tree.leaves(proximal.l1(s)(z, 0.5)))
+    gradient = jax.jit(jax.grad(total))({"w": jnp.array([1.0, 1.0, 1.0]), "b": 1.0})
+    np.testing.assert_allclose(gradient["w"], [-0.5, 0.5, 0.0])
+    np.testing.assert_allclose(gradient["b"], -0.5)
+    low = jax.grad(lambda low: jnp.sum(proximal.box(low, 2.0)(z["w"], 0.5)))(0.3)
+    np.testing.assert_allclose(low, 2.0)
+    with pytest.raises(ValueError, match="tree that is a prefix of params"):
+        jax.jit(jax.grad(total))({"w": 1.0})
 
 
 def proximal_reference(step_size, momentum, steps, prox=soft):
@@ -333,7 +595,7 @@ def test_monotone_fista_leaves_alone_what_has_no_gradient():
     updates, new = tx.update({"a": -jnp.ones(2) / 2, "b": None}, state, params)
     assert updates["b"] is None
     assert jax.tree.structure(new) == jax.tree.structure(state)
-    assert new.carry[1] == 3.5
+    assert new.best == 3.5
 
 
 def test_errors():
@@ -373,7 +635,7 @@ def test_monotone_fista_is_so_in_low_precision(params, gradients):
     for _ in range(200):  # in one program XLA would leave out that params are rounded
         p, state = step(p, state)
         values.append(loss(nag_jax.eval_params(wide(p), state)))
-        kept.append(state[1].carry[1])
+        kept.append(state[1].best)
     assert np.all(np.diff(kept) <= 0)
     assert np.all(np.diff(values) <= 1e-9)
     np.testing.assert_allclose(values, kept, rtol=0, atol=1e-8)

@@ -313,7 +313,7 @@ def test_masked_and_missing_leaves_do_not_count():
     both = lambda p: loss(p["free"]) + jnp.sum(p["frozen"] ** 2)
     mask = {"free": True, "frozen": False, "none": None}
     frozen = {"free": False, "frozen": True, "none": None}
-    masked = optax.chain(optax.masked(tx, mask), optax.masked(optax.set_to_zero(), frozen))
+    masked = optax.chain(optax.masked(optax.set_to_zero(), frozen), optax.masked(tx, mask))
     _, ys, fired = run(masked, 500, start=mixed, loss=both)
     _, alone, times = run(tx, 500)
     assert times[-1] >= 1
@@ -339,6 +339,15 @@ def test_low_precision_leaves_are_summed_in_float32(dtype):
     np.testing.assert_allclose(seen[0], 100.0, rtol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["gradient", "value", "speed"])
+def test_a_condition_may_be_named(name):
+    by_name, given = (
+        run(optimizer(condition=condition), 500) for condition in (name, CONDITIONS[name])
+    )
+    assert given[2][-1] > 0
+    np.testing.assert_array_equal(by_name[1], given[1])
+
+
 def test_any_function_is_a_condition():
     """Restart when the momentum is a hundred times the step, say."""
     large = lambda s: (s.dot(s.v, s.v) > 1e4 * s.dot(s.u, s.u), s.remembered)
@@ -347,8 +356,8 @@ def test_any_function_is_a_condition():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"restart must be None or a condition .* got 'gradient'"):
-        nag_jax.accelerate(rules.fista(), restart="gradient")
+    with pytest.raises(ValueError, match=r"restart must be one of .* got 'gradients'"):
+        nag_jax.accelerate(rules.fista(), restart="gradients")
     for rule in (rules.heavy_ball(0.9), rules.gpa(), rules.trace(0.9)):
         kernel = nag_jax.accelerate(rule, restart=restart.gradient)
         with pytest.raises(ValueError, match=r"restart needs a rule with .* got direct="):

@@ -1,5 +1,7 @@
 """State split over devices: 1/N of the bytes, the numbers of one device, for every optimizer."""
 
+import copy
+import pickle
 from typing import NamedTuple
 
 import chex
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import programs
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_contract import CASES
@@ -121,6 +124,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", (CASES | MORE).values(), ids=CASES | MORE)
 def test_every_optimizer_is_right_on_many_devices(case):
     """A later optimizer joins by being in CASES; one that needs more than gradients in MORE.
@@ -185,6 +189,164 @@ def test_each_device_keeps_its_part_of_the_state(devices, kind):
     small += 4 * (len(jax.tree.leaves(state)) - len(whole))  # scalars of the same shape
     for device in mesh.devices.flat:
         assert bytes_of(state, device) == whole[16, 64] / devices + small
+
+
+LAYOUTS = {  # axes of the mesh; the spec of each parameter, and the shape of a device's momentum
+    "columns": (dict(data=2, model=4), {
+        "w": (P(None, "model"), (8, 16)),
+        "narrow": (P(None, "model"), (5, 2)),
+        "b": (P("model"), (8,)),
+        "scale": (P(), ()),
+    }),
+    "rows": (dict(data=2, model=4), {
+        "w": (P("model"), (4, 32)),
+        "narrow": (P(), (5, 8)),
+        "b": (P(), (32,)),
+        "scale": (P(), ()),
+    }),
+    "fsdp and columns": (dict(data=2, model=4), {
+        "w": (P("data", "model"), (8, 16)),
+        "narrow": (P(None, ("model", "data")), (5, 2)),
+        "b": (P("model"), (8,)),
+        "scale": (P(), ()),
+    }),
+    "three axes": (dict(data=2, fsdp=2, model=2), {
+        "w": (P("fsdp", "model"), (4, 32)),
+        "narrow": (P(None, "model"), (5, 4)),
+        "b": (P(("fsdp", "model")), (8,)),
+        "scale": (P(), ()),
+    }),
+    "some that do not divide": (dict(data=4, model=2), {
+        "w": (P("model"), (8, 16)),
+        "odd": (P(None, "model"), (3, 1)),
+        "inside": {"w": (P(), (4, 64))},  # whole, unlike its namesake
+    }),
+}  # fmt: skip
+
+
+def laid(name, kind):
+    """The mesh, parameters on it, and the shape of a device's momentum of each."""
+    axes, table = LAYOUTS[name]
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * len(axes))
+    known = start() | {"odd": jnp.ones((3, 2)), "inside": {"w": start()["w"]}}
+    is_row = lambda node: isinstance(node, tuple)
+    params = jax.tree.map(
+        lambda row, p: jax.device_put(p, NamedSharding(mesh, row[0])),
+        table,
+        {key: known[key] for key in table},
+        is_leaf=is_row,
+    )
+    return mesh, params, [shape for _, shape in jax.tree.leaves(table, is_leaf=is_row)]
+
+
+def shards_of(tree):
+    return [{s.data.shape for s in x.addressable_shards} for x in jax.tree.leaves(tree)]
+
+
+@every_kind
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_state_of_split_parameters_is_split_further(name, kind):
+    mesh, params, shapes = laid(name, kind)
+    momentum = optax.tree.get(nag_jax.zero1(NAG, mesh, min_size=1).init(params), "m")
+    assert shards_of(momentum) == [{shape} for shape in shapes]
+    for device in mesh.devices.flat:
+        assert bytes_of(momentum, device) == 4 * sum(int(np.prod(shape)) for shape in shapes)
+        assert bytes_of(momentum, device) < bytes_of(params, device)
+    momentum = optax.tree.get(nag_jax.zero1(NAG, mesh, min_size=1024).init(params), "m")
+    for x, p, shape in zip(*map(jax.tree.leaves, (momentum, params)), shapes, strict=True):
+        lies = {shape} if p.size == 1024 else {s.data.shape for s in p.addressable_shards}
+        assert {s.data.shape for s in x.addressable_shards} == lies
+
+
+def gathered(kind, where):
+    """The loss of parameters that are split, which Explicit axes want to be told."""
+    whole = lambda p: jax.sharding.reshard(p, where) if kind == AxisType.Explicit else p
+    return lambda params, batch: loss(jax.tree.map(whole, params), batch)
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("columns", "by hand"),
+        ("three axes", "scan"),
+        ("fsdp and columns", "jit"),
+        ("rows", "shard_map"),
+    ],
+)
+def test_zero1_beside_other_splits_is_right_and_keeps_them(name, way, kind):
+    mesh, params, shapes = laid(name, kind)
+    inner = optax.chain(optax.clip_by_global_norm(0.05), NAG)
+    optimizer = nag_jax.zero1(inner, mesh, min_size=1)
+    # Inside shard_map the mesh is that of the context.
+    objective = gathered(kind, P() if way == "shard_map" else NamedSharding(mesh, P()))
+    before = jax.tree.map(lambda p: p.sharding, params)
+    if way in ("by hand", "scan"):
+        state = optimizer.init(params)
+        batch = jax.device_put(BATCH, NamedSharding(mesh, P()))
+
+        def step(params, state):
+            gradient = jax.grad(objective)(params, batch)
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        if way == "by hand":
+            actual, state = _loop(jax.jit(step), params, state)
+        else:
+            lies = jax.tree.map(lambda x: x.sharding, (params, state))
+            many = lambda c: jax.lax.scan(lambda c, _: (step(*c), None), c, length=15)[0]
+            actual, state = jax.jit(many, out_shardings=lies)((params, state))
+    else:
+        step = nag_jax.train_step(objective, optimizer, mesh=mesh, mode=way)
+        actual, state = run(step, params)
+    chex.assert_trees_all_close(actual, alone(inner)[0], rtol=0, atol=1e-6)
+    assert shards_of(optax.tree.get(state, "m")) == [{shape} for shape in shapes]
+    for x, sharding in zip(jax.tree.leaves(actual), jax.tree.leaves(before), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    assert nag_jax.replicas_in_sync((actual, state))
+
+
+def test_a_search_beside_other_splits():
+    """It calls ``value_fn`` at points of its own, and has more in its state than a buffer."""
+    mesh, params, shapes = laid("columns", AxisType.Auto)
+    inner = nag_jax.averaged(nag_jax.backtracking())
+    step = nag_jax.train_step(loss, nag_jax.zero1(inner, mesh, min_size=1), mesh=mesh)
+    lies = shards_of(params)
+    actual, state = run(step, params)
+    chex.assert_trees_all_close(actual, alone(inner)[0], rtol=1e-4, atol=1e-5)
+    assert shards_of(actual) == lies
+    buffers = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (16, 64)]
+    assert len(buffers) == 2
+    assert shards_of(buffers) == [{shapes[-1]}] * 2
+
+
+def test_split_parameters_in_a_flax_optimizer():
+    mesh, params, shapes = laid("columns", AxisType.Auto)
+    model = nnx.Dict({key: nnx.Param(p) for key, p in params.items()})
+    optimizer = nnx.Optimizer(model, nag_jax.zero1(NAG, mesh, min_size=1), wrt=nnx.Param)
+    lies = shards_of(nnx.state(model))
+
+    @nnx.jit
+    def step(model, optimizer):
+        gradient = nnx.grad(lambda model: loss({key: model[key][...] for key in params}, BATCH))
+        optimizer.update(model, gradient(model))
+
+    for _ in range(15):
+        step(model, optimizer)
+    trained = {key: model[key][...] for key in params}
+    chex.assert_trees_all_close(trained, alone(NAG)[0], rtol=0, atol=1e-6)
+    assert shards_of(nnx.state(model)) == lies
+    momentum = optax.tree.get(optimizer.opt_state, "m")
+    assert shards_of(momentum) == [{shape} for shape in shapes]
+
+
+def test_a_layout_survives_copies():
+    mesh, params, _ = laid("columns", AxisType.Auto)
+    state = nag_jax.zero1(NAG, mesh).init(params)
+    for same in (copy.deepcopy(state.layout), pickle.loads(pickle.dumps(state.layout))):
+        assert same == state.layout
+        assert hash(same) == hash(state.layout)
+    assert nag_jax.zero1(NAG, mesh).init(start()).layout == ()
 
 
 @every_kind
@@ -277,14 +439,8 @@ def test_parameters_split_over_devices(accumulate, kind):
     """FSDP: nothing is whole anywhere for longer than it is used."""
     mesh = mesh_of(kind=kind)
 
-    def gathered(params, batch):  # Explicit axes want to be told, as any model under them
-        if kind == AxisType.Explicit:
-            params = jax.tree.map(
-                lambda p: jax.sharding.reshard(p, NamedSharding(mesh, P())), params
-            )
-        return loss(params, batch)
-
-    step = nag_jax.train_step(gathered, NAG, mesh=mesh, accumulate=accumulate)
+    objective = gathered(kind, NamedSharding(mesh, P()))
+    step = nag_jax.train_step(objective, NAG, mesh=mesh, accumulate=accumulate)
     params = split_params(mesh)
     parts = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, params)
     actual, state = run(step, params)
@@ -302,6 +458,7 @@ def test_modes_with_whole_parameters_refuse_split_ones():
             step(params, step.init(params), BATCH)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("jitted", [False, True])
 def test_zero1_takes_python_numbers(jitted, kind):
@@ -330,6 +487,8 @@ def test_zero1_says_what_is_wrong():
         nag_jax.zero1(nag_jax.nag, mesh_of())
     with pytest.raises(ValueError, match="min_size"):
         nag_jax.zero1(NAG, mesh_of(), min_size=0)
+    with pytest.raises(ValueError, match=r"is split over devices by .* not of the mesh"):
+        nag_jax.zero1(NAG, mesh_of(4)).init(split_params(mesh_of(8)))
     step = nag_jax.train_step(loss, nag_jax.zero1(NAG, mesh_of()), mode="pmap")
     with pytest.raises(ValueError, match="zero1 was called inside pmap"):
         run(step, start())

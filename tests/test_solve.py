@@ -189,6 +189,7 @@ def test_vmap_is_a_loop():
     assert np.max(np.abs(mapped.steps - alone.steps)) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_of_the_data():
     """d solution / d data, by reverse and forward mode, against the closed form."""
@@ -211,6 +212,7 @@ def test_derivatives_of_the_data():
     assert np.all(start == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_through_a_prox():
     """Of the lasso in its strength and its data, against differences of solutions."""
@@ -279,12 +281,13 @@ def test_separable_logistic_regression_in_float32():
         assert np.all(np.diff(values) <= rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_no_more_gradients_than_jaxopt_on_the_problems_of_scikit_learn(dtype, x64):
     """Against the counts that benchmarks/convergence.py wrote: 1e-9, or 1e-6 in float32."""
     del x64
     pytest.importorskip("sklearn")
-    from examples import convex
+    from benchmarks import convex_problems
 
     path = Path(__file__).parent.parent / "benchmarks" / "results" / "convergence.json"
     counts = {
@@ -292,8 +295,8 @@ def test_no_more_gradients_than_jaxopt_on_the_problems_of_scikit_learn(dtype, x6
         for row in json.loads(path.read_text())["rows"]
         if row["dtype"] == dtype
     }
-    exact = {p.name: p for p in convex.problems()}
-    for problem in convex.problems(jnp.dtype(dtype)):
+    exact = {p.name: p for p in convex_problems.problems()}
+    for problem in convex_problems.problems(jnp.dtype(dtype)):
         theirs = counts[problem.name, "jaxopt, line search"]
         assert counts[problem.name, "minimize (backtracking)"] <= theirs
         result = minimize(problem.loss, problem.start, prox=problem.prox, tol=0.0, max_steps=theirs)

@@ -84,6 +84,7 @@ def test_divergence_is_counted_where_theory_says():
     np.testing.assert_array_equal(values < 0, rates < limit[:, None])
 
 
+@pytest.mark.slow
 def test_runs_are_the_same_in_one_program_and_step_by_step():
     task = tasks.TASKS["softmax_batches"](True)
     nag = optimizers.OPTIMIZERS["nag_sutskever"]

@@ -51,7 +51,7 @@ def trajectory(optimizer, value, start, steps):
         updates, state = optimizer.update(g, state, params, value=f, grad=g, value_fn=value)
         params = optax.apply_updates(params, updates)
         fired = optax.tree.get(state, "restarts", 0)
-        return (params, state), (params, nag_jax.eval_params(params, state), state.carry, fired)
+        return (params, state), (params, nag_jax.eval_params(params, state), state, fired)
 
     start = jnp.asarray(start)
     run = lambda carry: jax.lax.scan(body, carry, length=steps)[1]
@@ -313,4 +313,4 @@ def test_outside_of_jit_nothing_is_compiled_anew():
         updates, state = optimizer.update(2 * params, state, params, **arguments)
         params = params + updates
     assert not any(traced)
-    assert state.carry.values == len(traced) > 8
+    assert state.values == len(traced) > 8

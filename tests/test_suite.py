@@ -28,6 +28,7 @@ def test_the_results_hold_what_is_promised():
     assert np.max(ratios) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_gradients_on_a_part_of_the_suite():
     """At most 1.1 times the reference's in median, 2 at most; gradient descent is far from that."""

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import nag_jax
-from nag_jax import kernel, proximal, rules, schedules
+from nag_jax import proximal, rules, schedules
 
 RULES = {
     rules.nesterov: dict(momentum=0.8),
@@ -81,8 +81,7 @@ def trajectory(optimizer):
     state = optimizer.init(params)
     for _ in range(12):
         params, state = step(params, state)
-        has_iterate = kernel.find_states(state)
-        points.append((params, nag_jax.eval_params(params, state) if has_iterate else params))
+        points.append((params, nag_jax.eval_params(params, state)))
     return points
 
 

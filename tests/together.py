@@ -1,4 +1,4 @@
-"""What each of two processes runs for test_processes.py, and writes into a JSON file.
+"""What each of two processes runs for test_two_processes.py, and writes into a JSON file.
 
 ``python tests/together.py PORT NUMBER FILE``
 """
@@ -37,15 +37,15 @@ def loss(params, batch):
     return jnp.mean(batch["scale"] * (hidden.mean(axis=1) - batch["y"]) ** 2)
 
 
-def train(mesh, mode, split, accumulate, spoil):
+def train(mesh, mode, split, accumulate, spoil, count=ROWS):
     """Params as numbers, whether all devices of all processes agree, and the skipped steps."""
     optimizer = nag_jax.zero1(OPTIMIZER, mesh) if split else OPTIMIZER
     step = nag_jax.train_step(
         loss, optimizer, mesh=mesh, mode=mode, accumulate=accumulate, nonfinite="skip"
     )
-    half = ROWS // 2
+    half = count // 2
     mine = slice(jax.process_index() * half, (jax.process_index() + 1) * half)
-    rows = {name: x[mine].copy() for name, x in batch_of(ROWS).items()}
+    rows = {name: x[mine].copy() for name, x in batch_of(count).items()}
     bad = {name: x.copy() for name, x in rows.items()}
     bad["x"][-1, 0] = np.nan if jax.process_index() == 1 else 0
     everywhere = lambda tree: jax.tree.map(
@@ -57,9 +57,15 @@ def train(mesh, mode, split, accumulate, spoil):
         params, state, _ = step(params, state, batch)
     if spoil:
         params, state, _ = step(params, state, everywhere(bad))
+    try:
+        step(params, state, rows)
+        refused = "not refused"
+    except ValueError as error:
+        refused = str(error)
     in_sync = nag_jax.replicas_in_sync((params, state))
     numbers = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).tolist(), params)
-    return {"params": numbers, "in_sync": in_sync, "skipped": int(state.skipped)}
+    skipped = int(state.skipped)
+    return dict(params=numbers, in_sync=in_sync, skipped=skipped, rows=count, refused=refused)
 
 
 def unequal(mesh, spec, numbers):
@@ -83,6 +89,7 @@ def main():
         ("shard_map", False, 2, False),
         ("jit", True, 1, False),
         ("shard_map", True, 1, False),
+        ("jit", False, 2, False, ROWS + 4),  # 4 rows more than 2 micro-batches on 4 devices take
     )
     found = {
         "devices": [jax.local_device_count(), jax.device_count()],

@@ -1,220 +1,184 @@
-"""The numbers of README's verdict, made again from results/speedup: a test looks for the phrases.
+"""NAG compared with the other optimizers: a table, and the conclusions of docs/does_it_help.md."""
 
-What a phrase says without a number goes through ``if_true``, so that it, too, is looked at again
-when a result file changes.
-"""
-
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.readme import if_true, joined, span
-from benchmarks.speedup import cells, quadratics, report, tasks
-from benchmarks.speedup.report import Steps, quadratic_steps, ratio, to_loss
+from benchmarks.readme import markdown, span
+from benchmarks.speedup import cells, report, tasks
+from benchmarks.speedup.optimizers import OPTIMIZERS
+from benchmarks.speedup.report import Steps, quadratic_steps, to_loss
 
 FOLDER = Path(__file__).parent.parent / "results" / "speedup"
 NAG, BALL, AUTO = "nag_sutskever", "heavy_ball", "nag_auto"
+COMPARED = ("sgd", BALL, "nag", "adam", "nadam", AUTO, "fista_restart", "backtracking")
+IMAGES = ("softmax_batches", "mlp", "cnn", "resnet")  # classified in mini-batches
 
 
 class Speedup(NamedTuple):
-    """What results/speedup says, by task."""
+    """The result files by task."""
 
     quadratics: dict[str, dict[str, Any]]
     trained: dict[str, dict[str, Any]]
     map: dict[str, Any]
 
     @classmethod
-    def load(cls) -> "Speedup":
-        found = report.load(FOLDER)
+    def of(cls, found: dict[str, dict[str, Any]]) -> "Speedup":
         pick = lambda names: {name: found[name] for name in names}
         return cls(pick(cells.QUADRATICS), pick(tasks.TASKS), found[cells.MAP])
 
-    def on_quadratics(self, key: str, base: str = "sgd") -> list[float]:
-        """How many times fewer steps than ``base`` needs."""
-        return [_times(quadratic_steps(r, base), quadratic_steps(r, key))
-                for r in self.quadratics.values()]  # fmt: skip
+    def on_quadratics(self, key: str, base: str = NAG) -> list[float]:
+        """Steps of ``key`` as multiples of the steps of ``base``."""
+        results = self.quadratics.values()
+        return [_multiple(quadratic_steps(r, key), quadratic_steps(r, base)) for r in results]
 
     def in_training(
-        self, key: str, base: str = "sgd", share: float = report.SHARE
+        self, key: str, base: str = NAG, share: float = report.SHARE
     ) -> dict[str, float]:
-        """The same, to ``share`` of the decrease of tuned SGD's loss, by task."""
-        look = lambda result, key: to_loss(result, report.best_of(result, key) or key, share)
-        return {name: _times(look(r, base), look(r, key)) for name, r in self.trained.items()}
+        """The same by task, to ``share`` of the decrease of tuned SGD's loss."""
+        steps = lambda result, key: to_loss(result, report.best_of(result, key) or key, share)
+        return {name: _multiple(steps(r, key), steps(r, base)) for name, r in self.trained.items()}
 
-    def length(self, name: str) -> int:
-        return self.trained[name]["settings"]["steps"]
+    def accuracy(self, key: str) -> np.ndarray:
+        """Test accuracy on each task of IMAGES, in percent."""
+        return np.array([np.mean(self.trained[name]["rows"][key]["test"]) for name in IMAGES])
 
-    def accuracy(self, key: str, name: str) -> float:
-        return float(np.mean(self.trained[name]["rows"][key]["test"]))
+    def time_of_a_step(self, key: str) -> list[float]:
+        """As multiples of NAG's, by task."""
+        of = lambda result, key: result["rows"][report.best_of(result, key)]["milliseconds"]
+        return [of(result, key) / of(result, NAG) for result in self.trained.values()]
 
-    def per_step(self, key: str) -> dict[str, float]:
-        """Time of a step, in units of SGD's."""
-        found = {}
-        for name, result in self.trained.items():
-            rows = result["rows"]
-            row = rows[report.best_of(result, key)]
-            found[name] = row["milliseconds"] / rows["sgd"]["milliseconds"]
-        return found
-
-    def failing(self, key: str, multiple: int) -> float:
-        """Percent of all runs at that multiple of the best learning rate."""
-        at = cells.MULTIPLES.index(multiple)
+    def failing(self, key: str, multiple: int) -> int:
+        """Runs that fail at that multiple of the best learning rate."""
         rows = [r["rows"][report.best_of(r, key)] for r in self.trained.values()]
-        return 100 * sum(row["failed"][at] for row in rows) / sum(len(row["loss"]) for row in rows)
+        return sum(row["failed"][cells.MULTIPLES.index(multiple)] for row in rows)
 
 
-def _times(base: Steps, other: Steps) -> float:
-    found = ratio(base, other)
-    return np.nan if found is None else found
+def _multiple(steps: Steps, base: Steps) -> float:
+    return math.nan if steps.mean is None or base.mean is None else steps.mean / base.mean
 
 
-def _trials(results: dict[str, dict[str, Any]]) -> str:
-    counts = (len(row["tried"]) for r in results.values() for row in r["rows"].values())
-    return span(filter(None, counts), 0)
-
-
-def verdict() -> list[str]:
-    """Of README's "Does it really speed up training?"."""
-    s = Speedup.load()
+def study(results: dict[str, dict[str, Any]]) -> str:
+    """How much was run."""
+    s = Speedup.of(results)
+    trials = lambda found: span(
+        (len(row["tried"]) for r in found.values() for row in r["rows"].values() if row["tried"]), 0
+    )
     every = [*s.quadratics.values(), *s.trained.values(), s.map]
     hours = sum(row["seconds"] for r in every for row in r["rows"].values()) / 2 / 3600
-    return [
-        f"until {100 * report.SHARE:.0f} % of the decrease of SGD's training loss",
-        if_true(quadratics.TARGET == 1e-6, "on quadratics until 10⁻⁶ of the start"),
-        if_true(hours < 1, "measures this in less than an hour on two cores"),
-        f"{span(map(s.length, s.trained), 0)} steps, three seeds, every optimizer with "
-        f"{_trials(s.trained)} trials (quadratics {_trials(s.quadratics)})",
-        *_ten_times(s),
-        *_accuracy(s),
-        *_convex(s),
-        *_stable(s),
-        *_beside_adam(s),
-        *_without_tuning(s),
-        *_seconds(s),
-    ]
+    lengths = span((r["settings"]["steps"] for r in s.trained.values()), 0)
+    return (
+        f"{report.source_of(results)} It takes {hours:.1f} hours. Runs have {lengths} steps and "
+        f"three seeds; each optimizer was tuned with {trials(s.trained)} trials (on quadratics "
+        f"{trials(s.quadratics)})."
+    )
 
 
-def _ten_times(s: Speedup) -> list[str]:
-    part, whole = s.in_training(NAG), s.in_training(NAG, share=1.0)
-    full = whole.pop("softmax")
-    optax = [
-        s.in_training(NAG, "nag", share)[n] for share in (report.SHARE, 1.0) for n in s.trained
-    ]
-    more = 1 / np.array(optax)
-    low = "half" if 0.45 < more.min() < 0.55 else f"{more.min():.1f}"
-    return [
-        f"On quadratics from a condition number of 1000 on: {joined(s.on_quadratics(NAG)[1:], 0)} "
-        "times at 10³ to 10⁶",
-        f"In training nowhere: {span(part.values())} times fewer steps to 95 % of what tuned SGD "
-        f"reaches, and {span(whole.values())} times to all of it ({full:.1f} on full-batch "
-        "regression)",
-        f"Sutskever's takes from {low} to {more.max():.1f} times the steps of Optax's",
-    ]
+def comparison(results: dict[str, dict[str, Any]]) -> str:
+    """Each optimizer against NAG in Sutskever's convention."""
+    s = Speedup.of(results)
+    body = []
+    for key in COMPARED:
+        line = [OPTIMIZERS[key].title, _range(s.on_quadratics(key))]
+        if OPTIMIZERS[key].exact:
+            line += [""] * 4
+        else:
+            ahead = s.accuracy(key) - s.accuracy(NAG)
+            line += [
+                _range(s.in_training(key).values()),
+                _range(s.in_training(key, share=1.0).values()),
+                f"{min(ahead):+.1f} to {max(ahead):+.1f}",
+                span(s.time_of_a_step(key), 2),
+            ]
+        body.append(line)
+    head = [
+        "compared with NAG", "steps, quadratics", f"steps to {100 * report.SHARE:.0f} %, training",
+        "steps to SGD's final loss, training", "accuracy, points", "time of a step",
+    ]  # fmt: skip
+    return markdown(head, body)
 
 
-def _accuracy(s: Speedup) -> list[str]:
-    names = ("softmax_batches", "mlp", "cnn", "resnet")
-    above = lambda key, base: {n: s.accuracy(key, n) - s.accuracy(base, n) for n in names}
-    sutskever, optax = above(NAG, "sgd"), above("nag", "sgd")
-    ball = [*above(NAG, BALL).values(), *above("nag", BALL).values()]
-    adam = above("adam", NAG)
-    more = adam.pop("resnet")
-    nadam, auto = above("nadam", NAG).values(), above(AUTO, NAG).values()
-    full = [np.mean(row["test"]) for row in s.trained["softmax"]["rows"].values()]
-    both = joined(f"{v:.1f}" for v in optax.values())
-    return [
-        if_true(
-            f"{sutskever['cnn']:.1f}" == f"{sutskever['resnet']:.1f}",
-            f"{sutskever['softmax_batches']:.1f} (softmax), {sutskever['mlp']:.1f} (MLP) and "
-            f"{sutskever['cnn']:.1f} points (CNN, ResNet) above SGD",
-        ),
-        f"(Optax's convention: {both})",
-        f"from {-min(ball):.1f} below to {max(ball):.1f} above heavy ball",
-        if_true(min(nadam) >= 0, "Beside NAG Nadam is as accurate or more"),
-        f"`nag_auto` is from {-min(auto):.1f} below to {max(auto):.1f} above",
-        f"Adam within {max(map(abs, adam.values())):.1f}, but {more:.1f} above on the ResNet",
-        f"which has one minimum, all are within {max(full) - min(full):.1f}",
-    ]
+def _range(values: Iterable[float]) -> str:
+    found = list(values)
+    reached = sorted(value for value in found if not math.isnan(value))
+    ends = dict.fromkeys(map(report.times, (reached[0], reached[-1])))
+    missed = len(found) - len(reached)
+    return " to ".join(ends) + f" (target missed on {missed})" * bool(missed)
 
 
-def _convex(s: Speedup) -> list[str]:
-    gap = {key: report.to_gap(s.trained["softmax"], key) for key in (BALL, NAG, "sgd")}
-    worse = lambda key: max(s.on_quadratics(NAG, key))  # times the steps of NAG
-    return [
-        f"tuned heavy ball needs {span(s.on_quadratics(BALL, NAG))} times fewer steps than tuned "
-        f"NAG on the quadratics, and on full-batch regression {gap[BALL].mean:.0f} to a gap of "
-        f"10⁻⁴ where NAG needs {gap[NAG].mean:.0f}",
-        if_true(gap["sgd"].each == [None] * 3, f"(SGD: more than {s.length('softmax')})"),
-        f"needs at most {worse('fista_restart'):.2f} times the steps of tuned NAG on the "
-        f"quadratics, and `backtracking`, given nothing, at most {worse('backtracking'):.2f} times",
-    ]
-
-
-def _stable(s: Speedup) -> list[str]:
-    known = np.array([report.limits(key, np.array([0.0, 1.0])) for key in ("nag", BALL)])
+def conclusions(results: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """Phrases of the page, and whether the results agree."""
+    s = Speedup.of(results)
+    accuracy = {key: s.accuracy(key) for key in ("sgd", BALL, "nadam", NAG)}
+    ahead = {key: accuracy[NAG] - found for key, found in accuracy.items()}
+    less = lambda values, bound=1.0: all(value < bound for value in values)
+    more = lambda values, bound=1.0: all(value > bound for value in values)
+    sgd, sgd_end = s.in_training("sgd").values(), s.in_training("sgd", share=1.0).values()
+    ball, adam, auto = (s.in_training(key) for key in (BALL, "adam", AUTO))
+    gap = {key: report.to_gap(s.trained["softmax"], key).mean or 0.0 for key in (BALL, NAG)}
+    growth = np.divide(s.on_quadratics("sgd")[1:], s.on_quadratics("sgd")[:-1])
+    errors = s.trained["autoencoder"]["rows"]
+    error = lambda key, mu: np.mean(errors[f"{key}@{mu}"]["test_of_best"])
     agrees = re.findall(r"(\d+) of (\d+)", report.map_sentence(s.map))
-    rows = s.trained["autoencoder"]["rows"]
-    errors = lambda key, momenta: [rows[f"{key}@{mu}"]["test_of_best"] for mu in momenta]
-    large, means = ("0.99", "0.995", "0.999"), lambda found: joined(map(np.mean, found), 1)
-    of_nag, of_ball = errors(NAG, large), errors(BALL, large)
-    at_09 = [float(np.mean(errors(key, ["0.9"]))) for key in (NAG, BALL)]
-    return [
-        if_true(
-            np.allclose(known, [[2, 4 / 3], [2, 4]]),
-            "the limit falls from 2/L to 4/(3L) as momentum grows, that of heavy ball rises from "
-            "2/L to 4/L",
+    slower = {"softmax", "autoencoder", "resnet"}
+    full = [np.mean(row["test"]) for row in s.trained["softmax"]["rows"].values()]
+    return {
+        "the ratio grows about as the square root of the condition number": bool(
+            np.all(np.abs(growth / math.sqrt(10) - 1) < 0.25)
         ),
-        if_true(all(a == b for a, b in agrees), "measurements agree with both"),
-        f"at twice the best rate, {span((s.failing(k, 2) for k in ('nag', NAG)), 0)} % of the runs "
-        f"of NAG fail, {s.failing('sgd', 2):.0f} % of SGD's",
-        if_true(s.failing(BALL, 2) == s.failing("adam", 2) == 0, "none of heavy ball's or Adam's"),
-        f"momentum {joined(large)} leave squared errors of {means(of_nag)} under NAG, "
-        f"{means(of_ball)} under heavy ball (each ± "
-        f"{span(float(np.std(e, ddof=1)) for e in of_nag + of_ball)})",
-        f"at 0.9 both leave about {np.mean(at_09):.1f}",
-        if_true(
-            all(np.mean(e[-1]) == max(map(np.mean, e)) for e in (of_nag, of_ball)),
-            f"Sutskever et al. 2013 found that order, too, but in {s.length('autoencoder')} steps "
-            "0.999 is the worst for both",
+        "needs fewer steps than tuned SGD on every problem": more([*sgd, *sgd_end])
+        and more(s.on_quadratics("sgd")),
+        "never ten times fewer": less([*sgd, *sgd_end], 10),
+        "NAG is ahead of heavy ball in mini-batch training except on the autoencoder": {
+            name for name, multiple in ball.items() if multiple < 1
+        }
+        == {"autoencoder"},
+        "needs fewer steps than tuned NAG on every quadratic and on full-batch regression": less(
+            s.on_quadratics(BALL)
+        )
+        and 0 < gap[BALL] < gap[NAG],
+        "more accurate than SGD on each of the four": more(ahead["sgd"], 0),
+        "about as accurate as heavy ball": less(abs(ahead[BALL]), 1),
+        "Nadam is at least as accurate as NAG": less(ahead["nadam"], 1e-9),
+        "has one minimum, and all methods reach nearly the same accuracy": np.ptp(full) < 1,
+        "given only a learning rate, FISTA with restart needs little more than tuned NAG": less(
+            s.on_quadratics("fista_restart"), 1.4
         ),
-    ]
-
-
-def _beside_adam(s: Speedup) -> list[str]:
-    times = s.in_training(NAG, "adam")
-    near = [max(times[n], 1 / times[n]) for n in ("cnn", "gru")]
-    return [
-        f"On quadratics of κ = 10⁴ and more, {span(s.on_quadratics(NAG, 'adam')[2:])} times",
-        if_true(max(near) < 1.1, "within 10 % on CNN and GRU"),
-        f"In training, to 95 %: faster on softmax regression ({times['softmax_batches']:.1f} "
-        f"times) and the MLP ({times['mlp']:.1f})",
-        f"slower on the ResNet ({1 / times['resnet']:.1f}), the autoencoder "
-        f"({1 / times['autoencoder']:.1f}) and full-batch regression ({1 / times['softmax']:.1f})",
-    ]
-
-
-def _without_tuning(s: Speedup) -> list[str]:
-    than_sgd, than_nag = s.in_training(AUTO), s.in_training(AUTO, NAG)
-    fewer = {name for name, times in than_nag.items() if times > 1.1}
-    more = {name for name, times in than_nag.items() if times < 0.9}
-    return [
-        f"`nag_auto` needs {span(than_sgd.values())} times fewer steps to 95 % than tuned SGD",
-        if_true(
-            more == {"gru", "autoencoder"} and fewer | more == {*than_nag},
-            "fewer than tuned NAG, too, but on the GRU and the autoencoder more",
+        "given nothing, `backtracking` needs about as many": less(
+            s.on_quadratics("backtracking"), 1.2
         ),
-        f"on quadratics it is {span(s.on_quadratics(AUTO))} times as fast as SGD, tuned NAG "
-        f"{span(s.on_quadratics(NAG), 0)} times",
-    ]
-
-
-def _seconds(s: Speedup) -> list[str]:
-    nag, adam, auto = map(s.per_step, (NAG, "adam", AUTO))
-    steps = s.in_training(NAG)
-    return [
-        f"A step of NAG takes {span(nag.values())} times that of SGD here, on one thread, one of "
-        f"Adam {span(adam.values())}, of `nag_auto` {span(auto.values())} times",
-        f"to 95 % NAG needs {span(steps[n] / nag[n] for n in nag)} times less time than SGD",
-    ]
+        "the measurements agree with both limits": all(a == b for a, b in agrees),
+        "some runs of NAG and of SGD fail and none of heavy ball or Adam": min(
+            s.failing(key, 2) for key in (NAG, "nag", "sgd")
+        )
+        > 0
+        == max(s.failing(key, 2) for key in (BALL, "adam")),
+        "its error is lower than heavy ball's at each momentum from 0.99 on": all(
+            error(NAG, mu) < error(BALL, mu) for mu in ("0.99", "0.995", "0.999")
+        ),
+        "the largest momentum is the worst for both": all(
+            error(key, "0.999") > error(key, mu)
+            for key in (NAG, BALL) for mu in ("0.9", "0.99", "0.995")
+        ),
+        "Adam is slower on the quadratics of condition number 10⁴ and more": more(
+            s.on_quadratics("adam")[2:], 1.5
+        ),
+        "faster on the ResNet, the autoencoder and full-batch regression": {
+            name for name, multiple in adam.items() if multiple < 0.9
+        }
+        == slower,
+        "needs fewer steps than tuned NAG except on the autoencoder and the GRU": {
+            name for name, multiple in auto.items() if multiple > 1
+        }
+        == {"autoencoder", "gru"},
+        "On quadratics it is about as slow as gradient descent": all(
+            0.6 < a < 1.2 for a in s.on_quadratics(AUTO, "sgd")
+        ),
+        "A step of NAG takes about as long as one of SGD": all(
+            0.85 < time < 1.15 for time in s.time_of_a_step("sgd")
+        ),
+    }  # fmt: skip

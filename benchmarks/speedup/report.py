@@ -1,7 +1,7 @@
-"""What the result files say: steps to a target, beside tuned SGD, and the tables of the READMEs.
+"""Steps to a target compared with tuned SGD, and the tables of the pages.
 
-The targets come from tuned SGD with the same seed, so the same start and batches: the training
-loss at which 95 % of its decrease is done, its loss at the end, and 95 % of its accuracy there.
+The targets come from tuned SGD with the same seed, and so the same start and batches: the training
+loss at which 95 % of its decrease is done, its final loss, and 95 % of its final accuracy.
 """
 
 import json
@@ -192,26 +192,22 @@ def failure_table(results: dict[str, Any]) -> str:
     return markdown(["optimizer", "runs", *(f"{m} x" for m in cells.MULTIPLES)], body)
 
 
-def sections(results: dict[str, Any]) -> dict[str, str]:
-    """What benchmarks/README.md has of this."""
+def source_of(results: dict[str, Any]) -> str:
     any_result = next(iter(results.values()))
+    return f"{source(any_result)} Also ran: {any_result['also_ran']}."
+
+
+def sections(results: dict[str, Any]) -> dict[str, str]:
+    """The tables of benchmarks/README.md."""
     trained = [name for name in cells.tasks.TASKS if name in results]
     parts = []
     for name in trained:
         result = results[name]
         parts.append(f"**{result['title']}**: {result['settings']['about']}.\n\n{table(result)}")
-    found = {
-        "speedup source": f"{source(any_result)} Also ran: {any_result['also_ran']}.",
-        "speedup tasks": "\n\n".join(parts),
+    return {
         "speedup quadratics": quadratic_table(results),
-        "speedup accuracies": accuracies(results),
-        "speedup failures": failure_table(results),
+        "speedup tasks": "\n\n".join(parts),
     }
-    if "autoencoder" in results:
-        found["speedup momenta"] = momenta_table(results["autoencoder"])
-    if cells.MAP in results:
-        found["speedup map"] = map_sentence(results[cells.MAP])
-    return found
 
 
 def best_of(result: dict[str, Any], optimizer: str) -> str | None:
@@ -234,7 +230,7 @@ def momenta_table(result: dict[str, Any]) -> str:
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """How many times fewer steps than tuned SGD: until 95 % of its decrease, and all of it."""
+    """How many times fewer steps than tuned SGD, to 95 % of its decrease and to all of it."""
     keys = ("heavy_ball", "nag_sutskever", "adam", "nag_auto")
     head = ["problem", "steps of tuned SGD", "heavy ball", "NAG", "Adam", "nag_auto"]
     body = []

@@ -15,8 +15,8 @@ from benchmarks.speedup import curves
 from benchmarks.speedup.optimizers import Setting
 from benchmarks.speedup.training import Task
 from configs import cnn, linear, mlp, resnet, rnn
-from examples import data
-from examples import tasks as examples
+from examples.trainer.data import datasets
+from examples.trainer.tasks.choose import make_task
 
 VALID = 1024  # held-out samples that choose the most accurate trial
 RIDGE = 1e-3
@@ -24,9 +24,9 @@ FASHION = "Fashion-MNIST at 14 x 14 pixels"
 
 
 @functools.cache
-def _fashion(samples: int, test: int) -> data.Dataset:
+def _fashion(samples: int, test: int) -> datasets.Dataset:
     """Training images, and VALID others behind them."""
-    return halved(data.load(linear.get_config()), samples + VALID, test)
+    return halved(datasets.load(linear.get_config()), samples + VALID, test)
 
 
 def _split(arrays: dict[str, np.ndarray], count: int) -> tuple[Any, Any]:
@@ -44,7 +44,7 @@ def _images(
     decays: bool = True, seen: int = 1024, **more: Any,
 ) -> Task:  # fmt: skip
     dataset = _fashion(samples, test)
-    make = functools.cache(lambda seed: examples.make(config, dataset, jax.random.key(seed)))
+    make = functools.cache(lambda seed: make_task(config, dataset, jax.random.key(seed)))
     train, valid = _split(dataset.train, samples)
 
     def losses(params: Any, rest: Any, batch: Any) -> Any:
@@ -138,8 +138,8 @@ def recurrent(quick: bool) -> Task:
     samples, steps, size = (200, 20, 16) if quick else (12000, 400, 32)
     hidden, length = (8, 8) if quick else (48, 24)
     config = _configured(rnn, hidden=hidden, embedding=hidden // 2, length=length)
-    dataset = data.load(config)
-    make = functools.cache(lambda seed: examples.make(config, dataset, jax.random.key(seed)))
+    dataset = datasets.load(config)
+    make = functools.cache(lambda seed: make_task(config, dataset, jax.random.key(seed)))
     train, valid = _split(dataset.train, samples)
 
     def losses(params: Any, rest: Any, batch: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from benchmarks.speedup import optimizers
-from examples.compiling import jit
+from examples.trainer.compiling import jit
 
 Batch = dict[str, jax.Array]
 

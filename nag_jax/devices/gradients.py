@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nag_jax._arithmetic import wide
+from nag_jax._arithmetic import real_like, wide
 
 
 class Loss(NamedTuple):
@@ -86,7 +86,9 @@ def of_pieces(
         value, slope, aux, rest = _evaluate(loss, params, rest, own, piece, gradient)
         weight = loss.weigh(piece) * share
         # A piece without samples has a mean of 0/0.
-        weighted = lambda x: jnp.where(weight > 0, weight * wide(x), jnp.zeros_like(wide(x)))
+        weighted = lambda x: jnp.where(
+            weight > 0, real_like(weight, x) * wide(x), jnp.zeros_like(wide(x))
+        )
         return (wide(weight), *jax.tree.map(weighted, (value, slope, aux))), rest
 
     def add(carry: Any, numbered: Any) -> tuple[Any, None]:
@@ -109,13 +111,15 @@ def of_pieces(
     # What is no floating number in model_state, such as counts, is alike on all devices.
     averaged = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
     leaves, structure = jax.tree.flatten(rest)
-    moving = [jnp.where(total[0] > 0, total[0] * wide(x), 0) for x in leaves if averaged(x)]
+    moving = [
+        jnp.where(total[0] > 0, real_like(total[0], x) * wide(x), 0) for x in leaves if averaged(x)
+    ]
     if axis is not None:
         total, moving = jax.lax.psum((total, moving), axis)
-    mean = lambda x, sum_: (sum_ / total[0]).astype(x.dtype)
+    mean = lambda x, sum_: (sum_ / real_like(total[0], sum_)).astype(x.dtype)
     means = iter(moving)
     rest = structure.unflatten([mean(x, next(means)) if averaged(x) else x for x in leaves])
-    _, value, slope, aux = jax.tree.map(lambda x: x / total[0], total)
+    _, value, slope, aux = jax.tree.map(lambda x: x / real_like(total[0], x), total)
     if gradient:  # as jax.grad gives it
         slope = jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, slope)
     return Mean(value, slope, aux, rest)

@@ -1,5 +1,6 @@
 """How a batch is divided over devices, and its mean loss and gradient computed, in each mode."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nag_jax.devices import gradients
-from nag_jax.devices.zero1 import place
+from nag_jax.devices.placement import place, spec_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,30 @@ class Devices:
     def on_cpu(self) -> bool:
         return self.mesh.devices.flat[0].platform == "cpu"
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The mesh of the step in place of one that the caller has set, if any; not inside jit."""
+        if jax.sharding.get_abstract_mesh().empty:
+            return contextlib.nullcontext()
+        return jax.set_mesh(self.mesh)
+
+    def check_traced(self, tree: Any) -> None:
+        """Raises ValueError where ``jax.set_mesh`` or traced arrays allow no mesh but their own."""
+        kinds = lambda mesh: list(zip(mesh.shape_tuple, mesh.axis_types, strict=True))
+        traced = [x for x in jax.tree.leaves(tree) if isinstance(x, Tracer)]
+        context, own = jax.sharding.get_abstract_mesh(), kinds(self.mesh)
+        for mesh in (context, *(jax.typeof(x).sharding.mesh for x in traced)):
+            axes = [axis for axis in kinds(mesh) if axis[1] != AxisType.Manual]
+            explicit = AxisType.Explicit in {kind for _, kind in own + axes}
+            if (explicit or mesh is context) and any(axis not in own for axis in axes):
+                raise ValueError(
+                    f"inside jit, a step made for {self.mesh} was called under jax.set_mesh, or "
+                    f"with arrays, of {mesh}; pass that mesh to train_step"
+                )
+
     def sharding(self, x: Any) -> NamedSharding:
-        """Where x is to lie: where it does if that is on the mesh, else whole on every device."""
-        return x.sharding if self._holds(x) else self.whole
+        """Where x is to lie: split over the mesh as it is, else whole on every device."""
+        spec = spec_on(self.mesh, x)
+        return NamedSharding(self.mesh, spec) if any(spec) else self.whole
 
     def put(self, tree: Any, apart_from: Any = ()) -> Any:
         """On the mesh, no two leaves in one buffer, none in one of ``apart_from``: all are donated.
@@ -50,17 +72,24 @@ class Devices:
         """
         seen = {id(x) for x in jax.tree.leaves(apart_from)}
 
-        def place(x: Any) -> Any:
-            if isinstance(x, jax.Array) and not (self._holds(x) and id(x) not in seen):
-                x = jnp.copy(x)  # device_put alone may share the buffer
+        def own(x: Any) -> Any:
+            mine = self._holds(x) and id(x) not in seen
             seen.add(id(x))
-            return jax.device_put(x, self.sharding(x))
+            if mine and self.mode == "pmap":
+                return x
+            moved = jax.device_put(x, self.sharding(x))
+            return moved if mine else jnp.copy(moved)  # moved alone may share the buffer
 
-        return jax.tree.map(place, tree)
+        return jax.tree.map(own, tree)
 
     def _holds(self, x: Any) -> bool:
         sharding = getattr(x, "sharding", None)
-        return isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
+        if isinstance(sharding, NamedSharding):
+            return sharding.mesh == self.mesh
+        if sharding is None or self.mode != "pmap" or isinstance(sharding, SingleDeviceSharding):
+            return False
+        # What pmap returns has a sharding of its own in jax 0.7.
+        return sharding.is_fully_replicated and sharding.device_set == set(self.mesh.devices.flat)
 
     def splits(self, params: Any) -> bool:
         """Whether some of params are split along the axis, as far as can be seen."""
@@ -83,18 +112,37 @@ class Devices:
         count = gradients.rows(batch)
         even = count - count % (self.count * self.accumulate)
         if self._whole_batch or even == count:
-            return batch, None
+            return self._lay(batch), None
+        batch = jax.tree.map(self._sliceable, batch)
         main = jax.tree.map(lambda x: x[:even], batch) if even else None
-        return main, jax.tree.map(lambda x: x[even:], batch)
+        return self._lay(main), jax.tree.map(lambda x: self._move(x[even:], self.whole), batch)
+
+    def _sliceable(self, x: Any) -> Any:
+        """``x`` where any of its rows can be taken, on the devices of the mesh or on the host."""
+        free = AxisType.Explicit not in self.mesh.axis_types and self._holds(x)
+        return x if free or not isinstance(x, jax.Array) else self._move(x, self.whole)
+
+    def _lay(self, batch: Any) -> Any:
+        """Over the devices by rows if these divide evenly, else whole on each."""
+        even = batch is not None and gradients.rows(batch) % self.count == 0
+        return jax.tree.map(lambda x: self._move(x, self.rows if even else self.whole), batch)
+
+    def _move(self, x: Any, sharding: NamedSharding) -> Any:
+        if isinstance(x, Tracer):  # which only Explicit axes keep from being sliced at will
+            return place(x, sharding) if AxisType.Explicit in self.mesh.axis_types else x
+        if not sharding.is_fully_addressable and getattr(x, "is_fully_addressable", True):
+            raise ValueError(
+                "of several processes each passes a batch of global arrays: make them of its own "
+                "rows by jax.make_array_from_process_local_data"
+            )
+        return place(x, sharding)
 
     @property
     def _whole_batch(self) -> bool:
         return self.mode == "jit" and self.accumulate == 1
 
-    def compile(
-        self, update: Callable[..., Any], params: Any, state: Any, main: Any, extra: Any
-    ) -> Callable[..., Any]:
-        """``update`` with params and state donated, and back where they were."""
+    def compile(self, update: Callable[..., Any], kept: Any) -> Callable[..., Any]:
+        """``update`` with params and state donated, and back where they were, ``kept``."""
         if self.mode == "pmap":
             mapped = jax.pmap(
                 lambda _, *arguments: update(*arguments),
@@ -105,14 +153,8 @@ class Devices:
                 donate_argnums=(1, 2),
             )
             return Pmapped(mapped, self.count)
-        kept = jax.tree.map(self.sharding, (params, state))
-        even = main is not None and gradients.rows(main) % self.count == 0
-        return jax.jit(
-            update,
-            donate_argnums=(0, 1),
-            in_shardings=(*kept, self.rows if even else self.whole, self.whole),
-            out_shardings=(*kept, self.whole, self.whole),
-        )
+        out = (*kept, self.whole, self.whole)
+        return jax.jit(update, donate_argnums=(0, 1), out_shardings=out)
 
     def mean(
         self,

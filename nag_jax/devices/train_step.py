@@ -1,6 +1,7 @@
 """One update over all devices, by whichever of JAX's mechanisms the program already uses."""
 
 import collections
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
 
 from nag_jax._arithmetic import wide
-from nag_jax._checks import check_choice
+from nag_jax._checks import check_choice, check_count, check_optimizer
 from nag_jax.devices import gradients
 from nag_jax.devices.modes import Devices
-from nag_jax.devices.zero1 import check_axis
+from nag_jax.devices.placement import check_axis
+from nag_jax.evaluation import evaluated
 
 _LATE = 8  # steps between a non-finite one and the error: how far the host may run ahead
 
@@ -29,6 +31,10 @@ class StepState(NamedTuple):
     steps: jax.Array  # calls so far, shape=(), int32
     skipped: jax.Array  # of these, left out as not finite, shape=(), int32
     in_a_row: jax.Array  # left out since the last update, shape=(), int32
+
+    def iterate(self, params: Any) -> Any:
+        """Returns the iterate that the optimizer's state knows, for ``eval_params``."""
+        return evaluated(params, self.opt_state)
 
 
 def train_step(
@@ -72,16 +78,18 @@ def train_step(
         ``(loss, model_state)``; the floating leaves of that are averaged over devices. Each
         micro-batch, device and step has an rng of its own. What the loss does must not depend on
         how many rows there are.
-      optimizer: any gradient transformation; ``zero1(...)`` to split its state over the devices.
+      optimizer: any gradient transformation; use ``zero1(...)`` to split its state over the
+        devices.
       mesh: with Auto or Explicit axes; None: all devices along one Auto axis.
       axis: the axis of the mesh over which the rows of a batch are spread.
       mode: "jit", "shard_map" or "pmap".
       accumulate: micro-batches that each device goes through one after the other, at least 1;
         gradients are summed in float32 at least, and all-reduced once.
-      nonfinite: what a loss or gradient that is not finite leads to, in any micro-batch on any
-        device. That update is left out on all devices in either case: "skip" counts it and goes
-        on; "raise" leaves out all later ones too and raises at most 8 calls later, so that the
-        host need not wait for each step, with params and state of before the bad batch.
+      nonfinite: what to do when the loss or a gradient is not finite in any micro-batch on any
+        device. Every device skips that update. "skip" counts it and continues. "raise" also skips
+        all later updates and raises within 8 calls, since waiting for every step would stall the
+        host; params and state are then those from before the bad batch, and ``step.resume(state)``
+        continues from there.
       has_aux: loss_fn returns ``(loss, aux)``, or ``(loss, (model_state, aux))``; aux, a pytree of
         numbers, is averaged as the loss is, into ``metrics["aux"]``.
       weight: ``piece of the batch -> scalar``, what the loss is a mean over where that is not the
@@ -89,9 +97,11 @@ def train_step(
         means over pieces of different weight is not the mean. None: rows.
 
     A batch may have any number of rows: those that cannot be divided evenly over devices and
-    micro-batches are computed by every device, and count once. Arrays are put on the mesh as
-    needed; of several processes each passes global arrays
-    (``jax.make_array_from_process_local_data``).
+    micro-batches are computed by every device, and count once. Batch, parameters and state may lie
+    anywhere, in NumPy arrays or on any devices; the step moves them to the mesh, even under
+    ``jax.set_mesh`` of another mesh. Parameters and state that are split over another mesh are
+    refused, since to gather them might exceed the memory. With several processes, each passes
+    batches of global arrays (``jax.make_array_from_process_local_data``).
 
     Returns:
       A :class:`TrainStep`. Make the state by ``step.init(params)``. ``metrics`` has ``loss``,
@@ -99,8 +109,9 @@ def train_step(
       that descent descends.
 
     Raises:
-      ValueError: for an unknown mode or policy, accumulate below 1, a mesh without that axis, and,
-        from the step, for arrays that disagree in rows or lie where the mode does not allow it.
+      ValueError: for an unknown mode or policy, accumulate below 1, a mesh without that axis or an
+        optimizer that is not one; from the step, for arrays that disagree in rows, and for
+        parameters or state that are split in a way that the mode does not allow.
       FloatingPointError: from the step, with ``nonfinite="raise"``.
 
     The point: the same numbers, whatever the mechanism and the number of devices.
@@ -121,8 +132,8 @@ def train_step(
     """
     check_choice("mode", mode, ("jit", "shard_map", "pmap"))
     check_choice("nonfinite", nonfinite, ("raise", "skip"))
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate must be an int of at least 1, got {accumulate!r}")
+    check_count("accumulate", accumulate, static=True)
+    check_optimizer("optimizer", optimizer)
     if mesh is None:
         mesh = jax.make_mesh((jax.device_count(),), (axis,), (AxisType.Auto,))
     check_axis(mesh, axis)
@@ -131,6 +142,8 @@ def train_step(
             'mode="pmap" needs a mesh of one axis in one process, got axes '
             f'{mesh.axis_names} in {jax.process_count()}; use mode="jit" or "shard_map"'
         )
+    if mode == "pmap":  # which has no axes of its own kind
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
     loss = gradients.Loss(loss_fn, has_aux, weight)
     optimizer = optax.with_extra_args_support(optimizer)
     return TrainStep(loss, optimizer, Devices(mesh, axis, mode, accumulate), nonfinite)
@@ -141,7 +154,8 @@ class TrainStep:
 
     Inside ``jax.jit`` or ``lax.scan`` it is a plain function: it donates nothing, raises nothing
     for numbers that are not finite (call :meth:`check` on the state afterwards), and cannot see
-    that parameters are split over an Auto axis, which matters for memory with ``accumulate``.
+    that parameters are split over an Auto axis, which matters for memory with ``accumulate``. A
+    mesh of ``jax.set_mesh`` there must be the mesh of the step.
     """
 
     def __init__(
@@ -164,22 +178,27 @@ class TrainStep:
           model_state: what the model changes by itself, such as BatchNorm statistics.
           rng: a key of ``jax.random``; step, device and micro-batch are folded into it.
         """
-        placed = self._devices.put(params)
-        opt_state, zero = self._optimizer.init(placed), jnp.zeros([], jnp.int32)
-        state = StepState(opt_state, model_state, rng, zero, zero, zero)
-        return self._devices.put(state, apart_from=(params, placed, model_state, rng))
+        with self._context(params, model_state, rng):
+            placed = self._devices.put(params)
+            opt_state, zero = self._optimizer.init(placed), jnp.zeros([], jnp.int32)
+            state = StepState(opt_state, model_state, rng, zero, zero, zero)
+            return self._devices.put(state, apart_from=(params, placed, model_state, rng))
 
     def __call__(self, params: Any, state: StepState, batch: Any) -> tuple[Any, StepState, Any]:
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, state, batch))):
+        if _traced((params, state, batch)):
             if self._devices.mode == "pmap":
                 raise ValueError(
                     'mode="pmap" cannot be called inside jit or scan; use mode="jit" or "shard_map"'
                 )
-            return self._update(*self._prepare(params, state, batch))[:3]
+            self._devices.check_traced((params, state, batch))
+            params, state, main, extra = self._prepare(params, state, batch)
+            split = self._devices.splits(params)
+            return self._update(split, params, state, main, extra)[:3]
         if len(self._alarms) == _LATE:
             self._raise_if(self._alarms.popleft())
-        compiled, arguments = self._compile(params, state, batch)
-        params, state, metrics, alarm = compiled(*arguments)
+        with self._context():
+            compiled, arguments = self._compile(params, state, batch)
+            params, state, metrics, alarm = compiled(*arguments)
         if self._raises:
             self._alarms.append(alarm)
         return params, state, metrics
@@ -192,12 +211,39 @@ class TrainStep:
         Raises:
           FloatingPointError: naming the step.
         """
-        self._raise_if(_alarm(state))
+        with self._context(state):
+            self._raise_if(_alarm(state))
+
+    def resume(self, state: StepState) -> StepState:
+        """The state from which steps continue after one that was not finite.
+
+        With ``nonfinite="raise"`` the step skips all updates after a non-finite one until then.
+
+        Args:
+          state: the last state that the step returned.
+
+        Returns:
+          The state with ``in_a_row`` set to 0; ``skipped`` still counts the skipped steps.
+
+        >>> step = nag_jax.train_step(lambda p, batch: jnp.mean(batch * p), optax.sgd(0.5))
+        >>> params = jnp.array(1.0)
+        >>> params, state, _ = step(params, step.init(params), jnp.full(8, jnp.nan))
+        >>> params, state, _ = step(params, step.resume(state), jnp.ones(8))
+        >>> print(params, state.skipped)
+        0.5 1
+        """
+        self._alarms.clear()
+        with self._context(state):
+            return state._replace(in_a_row=jnp.zeros_like(state.in_a_row))
 
     def lower(self, params: Any, state: StepState, batch: Any) -> Any:
         """The lowered program of one step, to look at its cost, memory and collectives."""
-        compiled, arguments = self._compile(params, state, batch)
-        return compiled.lower(*arguments)
+        with self._context():
+            compiled, arguments = self._compile(params, state, batch)
+            return compiled.lower(*arguments)
+
+    def _context(self, *trees: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if _traced(trees) else self._devices.context()
 
     def _prepare(self, params: Any, state: StepState, batch: Any) -> tuple[Any, ...]:
         if not isinstance(state, StepState):
@@ -205,18 +251,23 @@ class TrainStep:
                 "state must come from step.init(params) or the last step, got "
                 f"{type(state).__name__}"
             )
-        return self._devices.splits(params), params, state, *self._devices.divide(batch)
+        return params, state, *self._devices.divide(batch)
 
     def _compile(self, params: Any, state: StepState, batch: Any) -> tuple[Any, Any]:
-        """The compiled step, made once for each way to divide a batch, and its arguments."""
-        split, *arguments = self._prepare(params, state, batch)
-        even = gradients.rows(batch) % self._devices.count == 0
-        key = split, even, jax.tree.structure(arguments)
-        if key not in self._compiled:
-            update = functools.partial(self._update, split)
-            arguments[:2] = self._devices.put(arguments[:2])
-            self._compiled[key] = self._devices.compile(update, *arguments)
-        return self._compiled[key], arguments
+        """The compiled step, made once for each placement of params and state; its arguments."""
+        params, state, main, extra = self._prepare(params, state, batch)
+        leaves, structure = jax.tree.flatten((params, state))
+        key = structure, tuple(getattr(x, "sharding", None) for x in leaves)
+        # Of what a step returned all is known; anything else is looked at, and put on the mesh.
+        if key not in self._compiled or len(set(map(id, leaves))) < len(leaves):
+            split = self._devices.splits(params)
+            params, state = self._devices.put((params, state))
+            kept = jax.tree.map(self._devices.sharding, (params, state))
+            key = structure, tuple(jax.tree.leaves(kept))
+            if key not in self._compiled:
+                update = functools.partial(self._update, split)
+                self._compiled[key] = self._devices.compile(update, kept)
+        return self._compiled[key], (params, state, main, extra)
 
     def _update(
         self, split: bool, params: Any, state: StepState, main: Any, extra: Any
@@ -244,14 +295,13 @@ class TrainStep:
         params, opt_state, model_state = self._select(
             go, changed, (params, state.opt_state, state.model_state)
         )
-        left_out = 1 - go.astype(jnp.int32)
         state = StepState(
             opt_state,
             model_state,
             state.rng,
-            steps=state.steps + 1,
-            skipped=state.skipped + left_out,
-            in_a_row=(state.in_a_row + 1) * left_out,
+            steps=jnp.asarray(optax.safe_increment(state.steps)),
+            skipped=jnp.where(go, state.skipped, optax.safe_increment(state.skipped)),
+            in_a_row=jnp.where(go, 0, optax.safe_increment(state.in_a_row)),
         )
         metrics = {"loss": loss, "grad_norm": norm, "skipped": state.skipped}
         return params, state, metrics | ({"aux": aux} if self._loss.has_aux else {}), _alarm(state)
@@ -270,9 +320,13 @@ class TrainStep:
             self._alarms.clear()
             raise FloatingPointError(
                 f"the loss or gradient of step {step} (from 0) is not finite on some device; "
-                "params and state are those before it. To leave such batches out use "
-                'nonfinite="skip"; to go on from here, state._replace(in_a_row=0 * state.in_a_row)'
+                'params and state are from before that step. Use nonfinite="skip" to skip such '
+                "batches, or continue with step.resume(state)"
             )
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def _alarm(state: StepState) -> jax.Array:

@@ -8,10 +8,12 @@ import optax
 
 from nag_jax import _restarting
 from nag_jax._arithmetic import (
+    as_arrays,
     cast_like,
     dtype_of,
     filled,
     map_gradients,
+    ratio,
     real_like,
     wide,
     wide_zeros,
@@ -74,7 +76,8 @@ def adanag(
       It keeps two buffers, the kernel's and the last gradient. In its state is ``learning_rate``.
 
     Raises:
-      ValueError: for an initial that is not above 0; from update, if called without value.
+      ValueError: for an initial that is not above 0; from init, if a parameter is neither
+        floating-point nor complex; from update, if called without value.
 
     The point: curvatures of any size, one value and one gradient a step.
 
@@ -122,6 +125,7 @@ def adanag(
                 "adanag needs the value of the loss: call optimizer.update(gradients, state, "
                 "params, value=value)"
             )
+        state = as_arrays(state)
         lr, k, g = state.learning_rate, state.kernel.carry, updates
         value = given_scalar("value", value).astype(lr.dtype)
         first, second = lr == 0, (lr > 0) & (k == 0)
@@ -129,7 +133,9 @@ def adanag(
         last = map_gradients(lambda g, last: last, g, state.gradient)
         moved = map_gradients(lambda g, m: wide(m) - real_like(lr, g) * g, last, state.kernel.m)
         curvature = jnp.where(first, 0, _curvature(g, last, moved, value, state.value, dot))
-        probe = _PROBE * guess(value, dot(g, g)) if initial is None else initial
+        probe = (
+            _PROBE * guess(value, dot(g, g)) if initial is None else jnp.asarray(initial, lr.dtype)
+        )
         new_lr = jnp.where(first, probe, _learning_rate(k, lr, curvature))
 
         # The second call steps from where the first one was, by the gradient there.
@@ -161,9 +167,9 @@ def _rule() -> Rule:
         tau = lambda k: (k + 14) / 12
         i = k.astype(float)
         beta, kappa = (tau(i) - 1) / tau(i + 1), (_a(i) - 1) / tau(i + 1)
-        return k + 1, Coefficients(beta, kappa, readout=0.0)
+        return jnp.asarray(optax.safe_increment(k)), Coefficients(beta, kappa, readout=0.0)
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def _a(k: Any) -> Any:
@@ -176,7 +182,8 @@ def _learning_rate(k: jax.Array, s: jax.Array, curvature: jax.Array) -> jax.Arra
     a, after = _a(i), _a(i + 1)
     mass = after * (i + 3) / 12
     grown = jnp.where(k > 1, a * (i + 14) / 12, a) / mass * s  # A_{k-1} + a_k = a_k tau_k, but at 0
-    bound = jnp.where(k == 0, _FIRST, 1 / (mass / a**2 + 2 * after**2 / mass)) / curvature
+    first = jnp.where(k == 0, _FIRST, 1 / (mass / a**2 + 2 * after**2 / mass))
+    bound = ratio(first, curvature)
     unbounded = jnp.where(k == 0, s, grown)
     measured = (curvature > 0) & jnp.isfinite(curvature)
     limit = jnp.where(k == 0, bound, jnp.minimum(bound, grown))
@@ -190,4 +197,4 @@ def _curvature(g: Any, before: Any, moved: Any, value: Any, last: Any, dot: Any)
     rounding = _ROUNDING * eps * jnp.maximum(jnp.abs(value), jnp.abs(last))
     bent = dot(g, moved) - (value - last)
     bent = jnp.where(bent < rounding, jnp.maximum(dot(change, moved) / 2, 0), bent)
-    return jnp.where(bent == 0, 0, dot(change, change) / 2 / bent)
+    return ratio(dot(change, change) / 2, bent)

@@ -6,16 +6,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import applied, filled, map_gradients, real_like, wide_zeros
-from nag_jax._checks import check_optimizer, check_range, given_params
-from nag_jax.kernel import AccelerateState
+from nag_jax._arithmetic import (
+    applied,
+    as_arrays,
+    filled,
+    map_gradients,
+    real_like,
+    wide_zeros,
+)
+from nag_jax._checks import check_optimizer, check_range, check_trainable, given_params
+from nag_jax._paths import only_scalar
+from nag_jax.kernel import shifted
 
 
 class AverageState(NamedTuple):
-    """The carry of :func:`averaged`, inside an ``AccelerateState`` whose m is average - params."""
+    """State of :func:`averaged`."""
 
+    offset: optax.Params  # average - params, like params; float32 at least
     steps: jax.Array  # shape=(), int32
     optimizer: Any  # the state of the optimizer
+
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns the average, for :func:`eval_params`."""
+        only_scalar(self.steps)
+        return shifted(params, self.offset, 1.0)
 
 
 def averaged(
@@ -43,7 +57,8 @@ def averaged(
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
 
     Raises:
-      ValueError: if power is out of range or optimizer is none; from update, without params.
+      ValueError: if power is out of range or optimizer is not a gradient transformation; from init,
+        if a parameter is neither floating-point nor complex; from update, without params.
 
     The point: noise that the last params still have is gone from their average.
 
@@ -69,28 +84,25 @@ def averaged(
     check_optimizer("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params: optax.Params) -> AccelerateState:
-        return AccelerateState(
-            m=wide_zeros(params),
-            carry=AverageState(jnp.zeros([], jnp.int32), inner.init(params)),
-            readout=jnp.ones([], float),
-        )
+    def init(params: optax.Params) -> AverageState:
+        check_trainable("averaging", params)
+        return AverageState(wide_zeros(params), jnp.zeros([], jnp.int32), inner.init(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, AccelerateState]:
+    ) -> tuple[optax.Updates, AverageState]:
         params = given_params("averaged", params)
-        steps, memory = state.carry
+        state = as_arrays(state)
+        offset, steps, memory = state
         updates, memory = inner.update(updates, memory, params, **extra_args)
         k = steps.astype(float)
         keep = k / (k + 1 + power)
         # A leaf without an update stays where it is, and its average comes nearer to that.
         moved = filled(
-            map_gradients(applied, updates, params), jax.tree.map(jnp.zeros_like, state.m)
+            map_gradients(applied, updates, params), jax.tree.map(jnp.zeros_like, offset)
         )
         follow = lambda m, move: (real_like(keep, m) * (m - move)).astype(m.dtype)
-        m = jax.tree.map(follow, state.m, moved)
-        carry = AverageState(jnp.asarray(optax.safe_increment(steps)), memory)
-        return updates, AccelerateState(m=m, carry=carry, readout=state.readout)
+        offset = jax.tree.map(follow, offset, moved)
+        return updates, AverageState(offset, jnp.asarray(optax.safe_increment(steps)), memory)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -10,17 +10,21 @@ import optax
 from nag_jax import _restarting
 from nag_jax import restart as conditions
 from nag_jax._arithmetic import (
+    as_arrays,
     cast_like,
     dtype_of,
     filled,
     map_gradients,
     proximal_step,
     real_like,
+    trained,
     wide,
 )
 from nag_jax._checks import check_prox, check_range, given_scalar
+from nag_jax._paths import only_scalar
 from nag_jax._step_size import guess, search, within
-from nag_jax.kernel import AccelerateState
+from nag_jax.kernel import shifted
+from nag_jax.precision import storage
 from nag_jax.proximal import Prox
 
 _ROUNDING = 4  # of values, in units of the precision
@@ -28,14 +32,21 @@ _TELLING = 8  # a step this many times above rounding tells whether it was short
 
 
 class BacktrackingState(NamedTuple):
-    """The carry of :func:`backtracking`, inside an ``AccelerateState``."""
+    """State of :func:`backtracking`."""
 
+    m: optax.Updates  # params - x, like params
     learning_rate: jax.Array  # to try next, shape=(), default float dtype; 0: none yet
     t: jax.Array  # FISTA's t, corrected for that learning rate, shape=(), default float dtype
     momentum: jax.Array  # m = momentum*(x_k - x_{k-1}), shape=(), default float dtype
     accepted: jax.Array  # steps taken, shape=(), int32
     retries: jax.Array  # calls that only shortened the step, shape=(), int32
     values: jax.Array  # calls of value_fn, shape=(), int32
+    restart: Any = ()  # RestartState if there is a restart condition
+
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns x, for :func:`eval_params`."""
+        only_scalar(self.t)
+        return shifted(params, self.m, -1.0)
 
 
 def backtracking(
@@ -72,7 +83,8 @@ def backtracking(
     rounding hides, relative to f and to :math:`\sum |g_i y_i|`, change no learning rate.
 
     Args:
-      prox: of a penalty or constraint beside the loss, from ``nag_jax.proximal``; None: none.
+      prox: ``(tree, step) -> tree``, of a penalty or constraint that is added to the loss, from
+        ``nag_jax.proximal``; None: none.
       initial: where the first call starts its search for a learning rate, above 0. None:
         :math:`\sqrt 2 |f| / \|g\|^2`, which has the right units, so that it makes no difference
         which ones f and params have.
@@ -91,7 +103,8 @@ def backtracking(
       ``learning_rate``, ``t``, ``accepted``, ``retries`` and ``values``.
 
     Raises:
-      ValueError: for arguments out of range; from update, if something it needs is missing.
+      ValueError: for arguments out of range; from init, if a parameter is neither floating-point
+        nor complex; from update, if something it needs is missing.
 
     The point: curvatures of any size, and nothing to tune.
 
@@ -128,13 +141,17 @@ def backtracking(
     check_range("shrink", shrink, 0.0, 1.0, low_open=True)
     restart = conditions.by_name(restart)
 
-    def init(params: optax.Params) -> AccelerateState:
+    def init(params: optax.Params) -> BacktrackingState:
         scalar = lambda x: jnp.full([], x, float)
         count = lambda: jnp.zeros([], jnp.int32)
-        return AccelerateState(
-            m=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype_of(p)), params),
-            carry=BacktrackingState(scalar(0), scalar(1), scalar(0), count(), count(), count()),
-            readout=scalar(-1),
+        return BacktrackingState(
+            m=storage.zeros(params),
+            learning_rate=scalar(0),
+            t=scalar(1),
+            momentum=scalar(0),
+            accepted=count(),
+            retries=count(),
+            values=count(),
             restart=() if restart is None else _restarting.start(),
         )
 
@@ -146,18 +163,19 @@ def backtracking(
         value: Any = None,
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, AccelerateState]:
+    ) -> tuple[optax.Updates, BacktrackingState]:
         del extra_args
         if params is None or value is None or value_fn is None:
             raise ValueError(
                 "backtracking needs params, value and value_fn: call optimizer.update(gradients, "
                 "state, params, value=value, grad=gradients, value_fn=loss)"
             )
-        g, carry = updates, state.carry
+        state = as_arrays(state)
+        g, carry = updates, state
         real = carry.learning_rate.dtype
         dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(real)
         value = given_scalar("value", value).astype(real)
-        rounding = _ROUNDING * _rounding(value, g, params, dot)
+        rounding = _ROUNDING * _rounding(value, g, trained(params, state.m), dot)
 
         def test(lr: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Whether the step is short enough, and whether that can be told at all."""
@@ -212,15 +230,16 @@ def backtracking(
             u,
             m,
         )
-        carry = BacktrackingState(
+        return updates, BacktrackingState(
+            m=m,
             learning_rate=new_lr,
             t=new_t,
             momentum=jnp.where(ok, scale, carry.momentum * scale),
-            accepted=carry.accepted + ok.astype(jnp.int32),
-            retries=carry.retries + (~ok).astype(jnp.int32),
-            values=carry.values + n,
+            accepted=_added(carry.accepted, ok),
+            retries=_added(carry.retries, ~ok),
+            values=_added(carry.values, n),
+            restart=memory,
         )
-        return updates, AccelerateState(m=m, carry=carry, readout=state.readout, restart=memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -235,6 +254,11 @@ def _step(g: Any, params: Any, prox: Any, lr: Any) -> Any:
 def _moved(params: Any, u: Any) -> Any:
     move = lambda u, p: (wide(p) + wide(u)).astype(jnp.result_type(p))
     return filled(map_gradients(move, u, params), params)
+
+
+def _added(count: jax.Array, more: jax.Array) -> jax.Array:
+    """``count + more``, or ``count`` where that would overflow."""
+    return jnp.maximum(count + more.astype(count.dtype), count)
 
 
 def _corrected(mass: jax.Array, lr: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What most people call: ``nag`` and the recipes around it, each a short chain."""
+"""What most people call: ``nag``, its hand-over to plain SGD, and the way there from optax."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax import rules
-from nag_jax._checks import check_choice, check_range
-from nag_jax.kernel import AccelerateState, accelerate
+from nag_jax._checks import check_choice, check_mask, check_range, given_params
+from nag_jax._descent import at_count, scaled
+from nag_jax.kernel import AccelerateState, BeforeLearningRateState, accelerate
 from nag_jax.rules.rule import check_momentum
 
 
@@ -55,20 +56,20 @@ def nag(
         "sutskever" would at t + 1: shift it by one there.
       convention: "optax" or "sutskever".
       weight_decay: at least 0, or a schedule of the integer step; per unit of learning rate.
-      weight_decay_mask: a tree of bools, a prefix of params, or a function params -> such a tree;
-        True where to decay. None: everywhere.
+      weight_decay_mask: a tree of bools that is a prefix of params, or a function params -> such a
+        tree; True where to decay. None: everywhere. ``optax.inject_hyperparams`` takes a function
+        for a schedule: name it in ``static_args=("weight_decay_mask",)`` there.
       decay: "coupled" adds weight_decay*params to the gradient, as PyTorch does, so momentum
         amplifies it to learning_rate*weight_decay/(1 - momentum) a step. "decoupled" shrinks
         params by exactly learning_rate*weight_decay a step, past the momentum.
-      accumulator_dtype: floating dtype of the buffer, or a storage that needs less memory, such as
-        ``nag_jax.int8_blocks()``; None: the dtype of each parameter.
-
-    ``optax.inject_hyperparams`` takes every callable for a schedule: name accumulator_dtype and a
-    callable weight_decay_mask in its static_args.
+      accumulator_dtype: floating or complex dtype of the buffer, or a storage that needs less
+        memory, such as ``nag_jax.int8_blocks()``; None: the dtype of each parameter. Under
+        ``optax.inject_hyperparams`` a static argument, too.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params`` if there is
-      weight decay, and then returns the wider dtype of gradients and params.
+      An ``optax.GradientTransformationExtraArgs``, whose state is an ``AccelerateState`` whatever
+      the arguments. Its update needs ``params`` if there is weight decay, and then returns the
+      wider dtype of gradients and params.
 
     Raises:
       ValueError: for numbers out of range or an unknown convention or decay, also when they come
@@ -99,26 +100,42 @@ def nag(
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     check_range("weight_decay", weight_decay, 0.0, schedule=True)
+    check_mask("weight_decay_mask", weight_decay_mask)
     check_choice("convention", convention, ("optax", "sutskever"))
     check_choice("decay", decay, ("coupled", "decoupled"))
-    descent = optax.scale_by_learning_rate(learning_rate)
-    if convention == "optax":
-        kernel = accelerate(
-            rules.trace(momentum, learning_rate), accumulator_dtype=accumulator_dtype
-        )
-        links = [kernel, descent]
-    else:
-        kernel = accelerate(rules.nesterov(momentum), accumulator_dtype=accumulator_dtype)
-        links = [descent, kernel]
-    # Only a plain number can be told to be 0: inject_hyperparams passes arrays and tracers.
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optax.chain(*links)
-    if decay == "coupled":
-        return optax.chain(optax.add_decayed_weights(weight_decay, weight_decay_mask), *links)
-    # Between kernel and learning rate, or after both: past the momentum in either case.
-    rate = weight_decay if convention == "optax" else _product(learning_rate, weight_decay, -1.0)
-    links.insert(links.index(kernel) + 1, optax.add_decayed_weights(rate, weight_decay_mask))
-    return optax.chain(*links)
+    before = convention == "optax"  # the momentum is before the learning rate
+    rule = rules.trace(momentum, learning_rate) if before else rules.nesterov(momentum)
+    # The learning rate is applied here, and is not another link of the chain.
+    rule = rule._replace(before_learning_rate=False)
+    kernel = accelerate(rule, accumulator_dtype=accumulator_dtype)
+    # Only of a plain number is it known: inject_hyperparams passes arrays and tracers.
+    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+    def decayed(updates: optax.Updates, by: Any, params: optax.Params | None) -> optax.Updates:
+        params = given_params("nag with weight_decay", params)
+        link = optax.add_decayed_weights(by, weight_decay_mask)
+        return link.update(updates, link.init(params), params)[0]
+
+    # One link, whose schedules all take the step that the kernel counts: so the state does not
+    # depend on which arguments are numbers, arrays or schedules, or on the weight decay.
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, AccelerateState]:
+        del extra_args
+        k = jnp.asarray(state.carry)
+        rate, shrink = at_count(learning_rate, k), at_count(weight_decay, k)
+        if decays and decay == "coupled":
+            updates = decayed(updates, shrink, params)
+        if not before:
+            updates = scaled(updates, -rate)
+        updates, state = kernel.update(updates, state)
+        if decays and decay == "decoupled":
+            updates = decayed(updates, shrink if before else -rate * shrink, params)
+        if before:
+            updates = scaled(updates, -rate)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(kernel.init, update)
 
 
 def nag_then_sgd(
@@ -202,11 +219,12 @@ def nag_then_sgd(
 def from_optax(sgd_state: Any, *, step: int | None = None, readout: float = 0.0) -> Any:
     """Turns the state of ``optax.sgd(nesterov=True)`` into that of ``nag``, to train on with it.
 
-    The numbers go on as if nothing had happened, for ``nag`` with the same arguments and the
-    default convention. Every ``optax.TraceState`` is replaced where it stands, so states inside
+    Training continues with the same numbers, for ``nag`` with the same arguments and the default
+    convention. The state of each ``optax.sgd`` is replaced where it stands, so states inside
     ``optax.chain``, ``masked`` or ``MultiSteps`` convert too, for ``nag`` at the same place. An
-    ``add_decayed_weights`` in the chain stays there: do not give nag the weight decay instead.
-    Under ``jax.vmap`` convert with ``jax.vmap(from_optax)``.
+    ``optax.trace`` that does not begin a chain becomes ``accelerate(rules.trace(momentum))`` there.
+    An ``add_decayed_weights`` in the chain stays: do not give nag the weight decay instead. Under
+    ``jax.vmap`` convert with ``jax.vmap(from_optax)``.
 
     Args:
       sgd_state: the state of ``optax.sgd(learning_rate, momentum, nesterov=True)``, or of a chain
@@ -238,22 +256,17 @@ def from_optax(sgd_state: Any, *, step: int | None = None, readout: float = 0.0)
             "optax.sgd(learning_rate, momentum, nesterov=True)"
         )
 
-    def convert(node: Any, k: Any = 0) -> Any:
+    def convert(node: Any, k: Any = 0, kind: Any = BeforeLearningRateState) -> Any:
         if is_chain(node):
             counts = [s.count for s in node if isinstance(s, optax.ScaleByScheduleState)]
-            return tuple(convert(s, counts[0] if counts else 0) for s in node)
+            k = counts[0] if counts else 0
+            if is_trace(node[0]):  # sgd's own chain, of trace and learning rate
+                return convert(node[0], k, AccelerateState)
+            return tuple(convert(s, k) for s in node)
         if not is_trace(node):
             return node
         # Copied, since one array in two places of a state cannot be donated.
         carry = jnp.array(k if step is None else step, jnp.int32)
-        return AccelerateState(m=node.trace, carry=carry, readout=jnp.array(readout, float))
+        return kind(m=node.trace, carry=carry, readout=jnp.array(readout, float))
 
     return jax.tree.map(convert, sgd_state, is_leaf=lambda n: is_trace(n) or is_chain(n))
-
-
-def _product(
-    a: optax.ScalarOrSchedule, b: optax.ScalarOrSchedule, c: float
-) -> optax.ScalarOrSchedule:
-    if not callable(a) and not callable(b):
-        return c * a * b
-    return lambda step: c * (a(step) if callable(a) else a) * (b(step) if callable(b) else b)

@@ -10,10 +10,15 @@ import optax
 from nag_jax import rules
 from nag_jax._arithmetic import (
     applied,
+    as_arrays,
     cast_like,
     filled,
     map_gradients,
+    mix,
+    ratio,
     real_like,
+    root,
+    trained,
     wide,
     wide_zeros,
 )
@@ -21,6 +26,7 @@ from nag_jax._checks import check_choice, check_range, given_params
 from nag_jax._restarting import inner_products
 from nag_jax.kernel import accelerate
 from nag_jax.methods.averaged import averaged
+from nag_jax.precision import storage as _storage
 from nag_jax.rules.rule import at_step, check_momentum
 
 _FIRST = 0.01  # the first distance, in units of 1 + the norm of the parameters
@@ -41,6 +47,10 @@ class AutoState(NamedTuple):
     progress: jax.Array  # sum of <lr*g, -moved>, shape=(leaves + 1,), default float dtype
     learning_rate: jax.Array  # of the last step, |u| / |g| over all leaves, shape=(), default float
     kernel: Any  # the AccelerateState of the momentum
+
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns x, for :func:`eval_params`."""
+        return self.kernel.iterate(params)
 
 
 def nag_auto(
@@ -88,7 +98,8 @@ def nag_auto(
       ``optax.tree.get(state, "learning_rate")``, without ``inject_hyperparams``.
 
     Raises:
-      ValueError: for numbers out of range; from update, without params.
+      ValueError: for numbers out of range; from init, if a parameter is neither floating-point nor
+        complex; from update, without params.
 
     G forgets no gradient: after one a thousand times too large all steps are as much smaller, so
     clip where such come (``optax.clip_by_global_norm`` before it). One whose square overflows, in
@@ -144,7 +155,8 @@ def nag_auto(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AutoState]:
         del extra_args
-        params = given_params("nag_auto", params)
+        state = as_arrays(state)
+        params = trained(given_params("nag_auto", params), state.moved)
         real = state.distance.dtype
         mu = jnp.asarray(at_step(momentum, state.steps), real)
         factor = jnp.asarray(at_step(learning_rate, state.steps), real)
@@ -155,9 +167,10 @@ def nag_auto(
             return jnp.stack([*each, sum(each, jnp.zeros([], real))])
 
         # Where params would come to rest without further steps: start + all steps/(1 - mu).
-        ahead = lambda d, m: d + real_like(mu / (1 - mu), m) * wide(m)
-        rest = jax.tree.map(ahead, state.moved, state.kernel.m)
-        way = jnp.sqrt(dots(rest, rest))
+        ahead = lambda d, m: mix(1.0, d, mu / (1 - mu), m)
+        velocity = _storage.read(state.kernel.m, state.kernel.storage)
+        rest = jax.tree.map(ahead, state.moved, velocity)
+        way = root(dots(rest, rest))
         energy = dots(g, g)
         # A finite gradient with an infinite square must not end in the state; NaN stays NaN.
         overflow = jnp.isinf(energy[-1])
@@ -165,15 +178,15 @@ def nag_auto(
         squares = jnp.minimum(state.squares + energy, jnp.finfo(real).max)
         # A leaf counts from its first gradient on, so that frozen ones change nothing.
         fresh = state.squares == 0
-        sizes = jnp.where(fresh & (energy > 0), jnp.sqrt(dots(params, params)), state.size)[:-1]
-        size = jnp.append(sizes, jnp.linalg.norm(sizes))
-        straight = _ratio(2 * state.progress, (1 - mu) * way)
+        sizes = jnp.where(fresh & (energy > 0), root(dots(params, params)), state.size)[:-1]
+        size = jnp.append(sizes, root(jnp.sum(sizes**2)))
+        straight = ratio(2 * state.progress, (1 - mu) * way)
         reach = jnp.maximum(straight, _SHARE * jnp.minimum(way, _MOST * size))
-        growth = 1 + _GROWTH * _ratio(energy, squares)
+        growth = 1 + _GROWTH * ratio(energy, squares)
         grown = jnp.clip(reach, state.distance, growth * state.distance)
         distance = jnp.where(fresh, _FIRST * (1 + size), grown)
-        rate = _PACE * (1 - mu) * _ratio(distance, jnp.sqrt(squares))
-        rates = jnp.where(overflow, 0, factor * jnp.sqrt(rate[:-1] * rate[-1]))
+        rate = _PACE * (1 - mu) * ratio(distance, root(squares))
+        rates = jnp.where(overflow, 0, factor * root(rate[:-1] * rate[-1]))
         along = dots(g, state.moved)[:-1]
         # Orders the sums before the first change of a buffer: else XLA copies what is donated.
         rates = jnp.where(jnp.isnan(along), along, rates)
@@ -188,13 +201,13 @@ def nag_auto(
         further = lambda u, d, p: (wide(d) + applied(u, p)).astype(d.dtype)
         moved = filled(map_gradients(further, updates, state.moved, params), state.moved)
         return updates, AutoState(
-            steps=state.steps + 1,
+            steps=jnp.asarray(optax.safe_increment(state.steps)),
             moved=moved,
             size=size,
             distance=distance,
             squares=squares,
             progress=state.progress + jnp.append(gains, jnp.sum(gains)),
-            learning_rate=jnp.sqrt(_ratio(length, energy[-1])),
+            learning_rate=root(ratio(length, energy[-1])),
             kernel=memory,
         )
 
@@ -208,8 +221,3 @@ def _elements(vector: jax.Array, steps: jax.Array) -> list[jax.Array]:
     zero = jnp.minimum(steps, 0)
     indices = [(np.array([i, 0], np.int32) + zero)[0] for i in range(len(vector))]
     return [jax.lax.dynamic_index_in_dim(vector, i, keepdims=False) for i in indices]
-
-
-def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a/b, and 0 where b is 0."""
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)

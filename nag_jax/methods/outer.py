@@ -1,14 +1,46 @@
 """Local training: an outer optimizer on the displacement of H inner steps of many workers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from nag_jax._arithmetic import dtype_of, filled, map_gradients, varying_axes, wide
-from nag_jax._checks import check_count, check_dtype, check_optimizer, given_params
-from nag_jax.kernel import OuterState
+from nag_jax._arithmetic import (
+    as_arrays,
+    buffer_dtype,
+    dtype_of,
+    filled,
+    map_gradients,
+    mix,
+    varying_axes,
+    wide,
+)
+from nag_jax._checks import (
+    check_count,
+    check_dtype,
+    check_optimizer,
+    check_trainable,
+    given_params,
+)
+from nag_jax._paths import only_scalar
+from nag_jax.evaluation import evaluated
+
+
+class OuterState(NamedTuple):
+    """State of :func:`outer`."""
+
+    inner: Any  # of the inner optimizer; kept over outer steps
+    slow: optax.Params  # where the round began, like params; their dtype, or slow_dtype
+    outer: Any  # of the outer optimizer
+    steps: jax.Array  # inner steps since the last outer step, shape=(), int32
+
+    def iterate(self, params: optax.Params) -> optax.Params:
+        """Returns the outer optimizer's iterate of the last outer step, for :func:`eval_params`."""
+        del params
+        only_scalar(self.steps)
+        return evaluated(self.slow, self.outer)
 
 
 def outer(
@@ -50,10 +82,10 @@ def outer(
       every: H, an int of at least 1: inner steps per outer step.
       axis_name: inside ``shard_map``, ``pmap`` or ``vmap``, the axis or axes of the workers, each
         with params and state of its own (a row of a stack); None: one worker.
-      slow_dtype: floating dtype of the slow copy, and so of the buffers of the outer optimizer;
-        None: that of each parameter. With bfloat16 params float32 keeps what an outer step would
-        lose to rounding; a narrower one rounds the model itself at each outer step. Complex
-        parameters keep a complex copy of at least that precision.
+      slow_dtype: floating or complex dtype of the slow copy, and so of the buffers of the outer
+        optimizer; None: that of each parameter. With bfloat16 params float32 keeps what an outer
+        step would lose to rounding; a narrower one rounds the model itself at each outer step.
+        Complex parameters keep a complex copy of at least that precision, real ones a real copy.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Its state holds a
@@ -61,7 +93,8 @@ def outer(
 
     Raises:
       ValueError: for an every below 1, a slow_dtype that is not floating or an optimizer that is
-        none; from update, if it is called without params.
+        none; from init, if a parameter is neither floating-point nor complex; from update, if it is
+        called without params.
 
     The point: on a valley that is steep one way, plain descent crawls along the other. Looking back
     at 10 of its steps at a time is enough to accelerate it.
@@ -94,6 +127,7 @@ def outer(
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)
 
     def init(params: optax.Params) -> OuterState:
+        check_trainable("the outer step", params)
         slow = jax.tree.map(lambda p: _copy(p, slow_dtype), params)
         start = jnp.zeros([], jnp.int32)
         return OuterState(inner.init(params), slow, outer_optimizer.init(slow), start)
@@ -106,10 +140,10 @@ def outer(
         sync: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OuterState]:
-        params = given_params("outer", params)
+        params, state = given_params("outer", params), as_arrays(state)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
-        steps = state.steps + 1
+        steps = jnp.asarray(optax.safe_increment(state.steps))
 
         def stay(updates: Any, slow: Any, outer_state: Any) -> Any:
             return updates, slow, outer_state
@@ -125,7 +159,7 @@ def outer(
             if axis_name is not None:
                 gradient = jax.lax.pmean(gradient, axis_name)
             moves, new_state = outer_optimizer.update(gradient, outer_state, slow)
-            moved = map_gradients(lambda move, s: _like(wide(s) + move, s), moves, slow)
+            moved = map_gradients(lambda move, s: _like(mix(1.0, s, 1.0, move), s), moves, slow)
             new_slow = filled(moved, slow)
             updates = map_gradients(
                 lambda u, p, s: _like(wide(s.astype(dtype_of(p))) - wide(p), u),
@@ -137,10 +171,10 @@ def outer(
 
         due = sync if sync is not None else True if every == 1 else steps >= every
         arguments = updates, state.slow, state.outer
-        if isinstance(due, bool):
-            updates, slow, outer_state = (meet if due else stay)(*arguments)
-        else:
+        if isinstance(due, Tracer):
             updates, slow, outer_state = jax.lax.cond(due, meet, stay, *arguments)
+        else:  # outside of jit, where a cond would be compiled at every call
+            updates, slow, outer_state = (meet if due else stay)(*arguments)
         steps = _like(jnp.where(due, 0, steps), state.steps)
         return updates, OuterState(inner_state, slow, outer_state, steps)
 
@@ -191,8 +225,7 @@ def _copy(p: Any, slow_dtype: Any) -> Any:
     """A buffer of its own, so that both can be donated; of an abstract leaf an abstract one."""
     dtype = dtype_of(p)
     if slow_dtype is not None:
-        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        dtype = jnp.promote_types(slow_dtype, jnp.complex64) if is_complex else slow_dtype
+        dtype = buffer_dtype(dtype, slow_dtype)
     if isinstance(p, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding)
     return jnp.array(p, dtype, copy=True)

@@ -1,34 +1,43 @@
 """Methods with the best worst case for a loss plus a penalty or constraint, over N known steps.
 
-They are no rules, since their prox has a longer step than the gradient and another start. But one
-buffer and the step's scalars are enough here, too. With eps the learning rate,
+They are not rules, since their prox has a longer step than the gradient and another start, but one
+buffer and the scalars of the step are enough here as well. With eps the learning rate,
 
     v      = prox(params + shift*m - gamma*eps*gradient, gamma*eps) - params
     update = direct*v + pull*m
     m'     = beta*m + kappa*v
 
-Params are the iterate to evaluate, and after step N it is proximal gradient descent from there.
+Params are the iterate to evaluate, and the steps after step N are proximal gradient descent.
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import (
     applied,
+    apply_prox,
+    as_arrays,
     cast_like,
     filled,
     map_gradients,
-    real_like,
+    mix,
     wide,
     wide_zeros,
 )
 from nag_jax._checks import check_prox, check_range, given_params
-from nag_jax.kernel import AccelerateState
 from nag_jax.proximal import Prox
 from nag_jax.rules.rule import at_step, first_step, optimized_t
+
+
+class CompositeState(NamedTuple):
+    """State of :func:`pogm` and :func:`optista`."""
+
+    m: optax.Updates  # the buffer, like params; float32 at least
+    steps: jax.Array  # shape=(), int32
 
 
 def pogm(
@@ -36,43 +45,46 @@ def pogm(
 ) -> optax.GradientTransformationExtraArgs:
     r"""POGM: OGM with a prox, for N known steps, whose gradients are taken at proximal points.
 
-    What the paper's three sequences remember fits in one buffer, here in float32 at least:
+    The paper's three sequences need one buffer, which is kept in float32 at least:
 
     .. math::
         x_{k+1} = \mathrm{prox}_{r_k \epsilon}(x_k + a_k m_k - r_k \epsilon \nabla f(x_k)), \qquad
         m_{k+1} = \frac{a_k}{r_k} m_k + \Bigl(1 - \frac{1}{r_k}\Bigr) (x_{k+1} - x_k)
 
     with :math:`a_k = (t_k - 1)/t_{k+1}`, :math:`r_k = 1 + (2 t_k - 1)/t_{k+1}` and the t of
-    ``rules.ogm(horizon)``, which it is without a prox. For the learning rate 1/L,
+    ``rules.ogm(horizon)``, the same method without a prox. For the learning rate 1/L,
     :math:`F(x_N) - F^* \le L R^2 / N^2`, a bound found numerically. Params are x, sparse or
-    feasible at every step, so f need not exist elsewhere; :func:`optista` has the better bound.
+    feasible at every step, so f need not be defined elsewhere; :func:`optista` has the better
+    bound.
 
     Args:
       learning_rate: :math:`\epsilon`, at least 0, best 1/L and not above it, L the smoothness of
         the loss without the penalty; or a schedule of the integer step, without the bound.
-      prox: of a penalty or constraint, from ``nag_jax.proximal``.
-      horizon: the number of steps N, at least 1. Steps beyond are proximal gradient descent.
+      prox: ``(tree, step) -> tree``, of a penalty or constraint, from ``nag_jax.proximal``.
+      horizon: the number of steps N, at least 1. Later steps are proximal gradient descent.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Under
       ``inject_hyperparams`` prox and horizon are static arguments.
 
     Raises:
-      ValueError: for arguments out of range; from update, if it is called without params.
+      ValueError: for arguments out of range or a prox that does not take (tree, step); from init,
+        if a parameter is neither floating-point nor complex; from update, without params.
 
-    The point: every query is feasible, where FISTA's leave the constraint.
+    Example:
+      Every query is feasible, where those of FISTA leave the constraint:
 
-    >>> prox = nag_jax.proximal.nonnegative()
-    >>> for optimizer in (nag_jax.fista(1.0, prox), nag_jax.pogm(1.0, prox, horizon=20)):
-    ...     params, lowest = jnp.array(2.0), 0.0
-    ...     state = optimizer.init(params)
-    ...     for _ in range(20):
-    ...         lowest = min(lowest, float(params))
-    ...         updates, state = optimizer.update(0.1 * (params + 1), state, params)
-    ...         params = optax.apply_updates(params, updates)
-    ...     print(f"{nag_jax.eval_params(params, state):.2f}, lowest query {lowest:.2f}")
-    0.00, lowest query -0.09
-    0.00, lowest query 0.00
+      >>> prox = nag_jax.proximal.nonnegative()
+      >>> for optimizer in (nag_jax.fista(1.0, prox), nag_jax.pogm(1.0, prox, horizon=20)):
+      ...     params, lowest = jnp.array(2.0), 0.0
+      ...     state = optimizer.init(params)
+      ...     for _ in range(20):
+      ...         lowest = min(lowest, float(params))
+      ...         updates, state = optimizer.update(0.1 * (params + 1), state, params)
+      ...         params = optax.apply_updates(params, updates)
+      ...     print(f"{nag_jax.eval_params(params, state):.2f}, lowest query {lowest:.2f}")
+      0.00, lowest query -0.09
+      0.00, lowest query 0.00
 
     References:
       Taylor, Hendrickx, Glineur, Exact worst-case performance of first-order methods for composite
@@ -101,35 +113,38 @@ def optista(
     :math:`\gamma_k = 2 t_k (t_N^2 - 2 t_k^2 + t_k) / t_N^2`,
     :math:`r_k = 1 + (2 t_k - 1)/t_{k+1}` and
     :math:`b_{k+1} = \frac{t_{k+1} - 1}{t_{k+2}} \frac{r_k - 1}{\gamma_k - r_k}`, :math:`b_0 = 0`.
-    In the paper x comes from a third sequence, z, but :math:`x - z` is a multiple of y - x, so that
-    one buffer, y - x in float32 at least, is enough. For the learning rate 1/L,
+    In the paper x is computed from a third sequence, z, but :math:`x - z` is a multiple of y - x,
+    so one buffer, y - x in float32 at least, is enough. For the learning rate 1/L,
     :math:`F(x_N) - F^* \le L R^2 / (2 (t_N^2 - 1))`, which no such method beats.
 
-    Params are x, a mean of the start and the proximal points :math:`y_1 .. y_k`, so convex
-    constraints hold if the start keeps them. Only at step N is x itself proximal,
-    :math:`x_N = y_N`: sparse, feasible from any start, and with the bound.
+    Params are x, an average of the start and the proximal points :math:`y_1 .. y_k`, so they
+    satisfy a convex constraint if the start does. Only at step N is x itself proximal,
+    :math:`x_N = y_N`: sparse, feasible from any start, and within the bound.
 
     Args:
-      learning_rate: as in :func:`pogm`.
-      prox: likewise.
-      horizon: the number of steps N, at least 1. Steps beyond are proximal gradient descent.
+      learning_rate: :math:`\epsilon`, at least 0, best 1/L and not above it, L the smoothness of
+        the loss without the penalty; or a schedule of the integer step, without the bound.
+      prox: ``(tree, step) -> tree``, of a penalty or constraint, from ``nag_jax.proximal``.
+      horizon: the number of steps N, at least 1. Later steps are proximal gradient descent.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Under
       ``inject_hyperparams`` prox and horizon are static arguments.
 
     Raises:
-      ValueError: for arguments out of range; from update, if it is called without params.
+      ValueError: for arguments out of range or a prox that does not take (tree, step); from init,
+        if a parameter is neither floating-point nor complex; from update, without params.
 
-    The point: what a hundred steps leave of a constraint with a slope that is hard for both.
+    Example:
+      What remains after a hundred steps along a slope that is hard for both methods:
 
-    >>> slope, prox = 2e-4, nag_jax.proximal.nonnegative()
-    >>> for optimizer in (nag_jax.fista(1.0, prox), nag_jax.optista(1.0, prox, horizon=100)):
-    ...     result = nag_jax.minimize(
-    ...         lambda p: slope * p, 1.0, optimizer, prox=prox, tol=0.0, max_steps=100)
-    ...     print(f"{result.value / slope:.2f}")
-    0.73
-    0.46
+      >>> slope, prox = 2e-4, nag_jax.proximal.nonnegative()
+      >>> for optimizer in (nag_jax.fista(1.0, prox), nag_jax.optista(1.0, prox, horizon=100)):
+      ...     result = nag_jax.minimize(
+      ...         lambda p: slope * p, 1.0, optimizer, prox=prox, tol=0.0, max_steps=100)
+      ...     print(f"{result.value / slope:.2f}")
+      0.73
+      0.46
 
     References:
       Jang, Das Gupta, Ryu, Computer-assisted design of accelerated composite optimization methods:
@@ -156,23 +171,22 @@ def _method(
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     check_prox(prox)
 
-    def init(params: optax.Params) -> AccelerateState:
-        m = wide_zeros(params)
-        return AccelerateState(m=m, carry=first_step(), readout=jnp.zeros([], float))
+    def init(params: optax.Params) -> CompositeState:
+        return CompositeState(wide_zeros(params), first_step())
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, AccelerateState]:
+    ) -> tuple[optax.Updates, CompositeState]:
         del extra_args
-        params, k = given_params(name, params), state.carry
+        state = as_arrays(state)
+        params, k = given_params(name, params), state.steps
         row = jnp.asarray(table, float)[jnp.minimum(k, len(table) - 1)]
         gamma, shift, direct, pull, beta, kappa = row
         lr = gamma * at_step(learning_rate, k)
-        mix = lambda a, x, b, y: real_like(a, x) * x + real_like(b, y) * y
         point = map_gradients(
-            lambda g, p, m: wide(p) + mix(shift, m, -lr, wide(g)), updates, params, state.m
+            lambda g, p, m: wide(p) + mix(shift, m, -lr, g), updates, params, state.m
         )
-        after = prox(point, lr)
+        after = apply_prox(prox, point, lr)
         v = map_gradients(lambda g, p, x: wide(x) - wide(p), updates, params, after)
         moves = map_gradients(lambda v, m: mix(direct, v, pull, m), v, state.m)
         updates = map_gradients(lambda g, move: cast_like(move, g), updates, moves)
@@ -182,7 +196,6 @@ def _method(
             lambda *leaves: keep(*leaves).astype(leaves[-1].dtype),
             updates, params, moves, v, state.m,
         )  # fmt: skip
-        state = AccelerateState(m=filled(m, state.m), carry=k + 1, readout=state.readout)
-        return updates, state
+        return updates, CompositeState(filled(m, state.m), jnp.asarray(optax.safe_increment(k)))
 
     return optax.GradientTransformationExtraArgs(init, update)

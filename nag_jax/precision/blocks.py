@@ -17,6 +17,7 @@ class BlockState(NamedTuple):
 
     key: jax.Array  # of the noise of the next step, shape=(2,), uint32
     scales: Any  # like params: float32, one for each block; int8 zeros where m is not int8
+    derivative: Any = ()  # like params, float32: zeros that carry the derivative of m, if kept
 
 
 def block_shape(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[int, ...]:
@@ -68,6 +69,31 @@ def decode(m: jax.Array, scales: jax.Array) -> jax.Array:
     if m.dtype != jnp.int8:
         return m
     return m.astype(jnp.float32) * _spread(scales, m.shape)
+
+
+@jax.custom_jvp
+def zero_like(x: jax.Array) -> jax.Array:
+    """Zeros with the derivative of ``x``, which JAX cannot attach to int8."""
+    return jnp.zeros_like(x)
+
+
+@zero_like.defjvp
+def _zero_like_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return zero_like(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def not_differentiable(x: jax.Array) -> jax.Array:
+    """``x``; ValueError where its derivative is taken."""
+    return x
+
+
+@not_differentiable.defjvp
+def _not_differentiable_jvp(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "an int8 buffer cannot keep the derivative of a step that was traced by jit or scan; pass "
+        "accumulator_dtype=nag_jax.int8_blocks(differentiable=True), or stochastic_bfloat16()"
+    )
 
 
 def _largest(x: jax.Array, blocks: tuple[int, ...]) -> jax.Array:

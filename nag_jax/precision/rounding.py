@@ -69,14 +69,40 @@ def _hash(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+@jax.custom_jvp
 @jax.jit
 def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     """``x``, float32, moved to one of the two bfloat16 around it, so that the mean is ``x``.
 
     The result is float32: its conversion to bfloat16 is exact. A NaN must be one that arithmetic
-    gives, with the first bit of its fraction set.
+    gives, with the first bit of its fraction set. The derivative is that of the mean.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
     moved = jnp.where(jnp.isfinite(x), raw + bits, raw)
     # The mask comes last: so the compiler sees that nothing is left to round in a conversion.
     return jax.lax.bitcast_convert_type(moved & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+@to_bfloat16.defjvp
+def _to_bfloat16_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return to_bfloat16(*primals), tangents[0]
+
+
+def differentiated(tree: Any) -> bool:
+    """Whether a derivative of some leaf is being taken, as far as that is known here.
+
+    It is not known inside ``jit`` or ``lax.scan`` where the derivative is taken outside.
+    """
+    seen: list[bool] = []
+
+    @jax.custom_jvp
+    def look(x: jax.Array) -> jax.Array:
+        return x
+
+    @look.defjvp
+    def note(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        seen.append(True)
+        return primals[0], tangents[0]
+
+    jax.tree.map(look, tree)
+    return bool(seen)

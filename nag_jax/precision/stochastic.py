@@ -5,6 +5,7 @@ tends to its limit in small steps never gets there. Stochastic rounding moves to
 neighbours with probabilities that make the mean exact: what one step loses another one gains.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,24 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import dtype_of, filled, map_gradients
-from nag_jax._checks import check_count, given_params
-from nag_jax.precision.blocks import BlockState, block_shape, encode, rescale, zero_scales
-from nag_jax.precision.rounding import check_seed, next_key, start_key, to_bfloat16, uniform_bits
+from nag_jax._checks import check_count, check_trainable, given_params
+from nag_jax.precision.blocks import (
+    BlockState,
+    block_shape,
+    encode,
+    not_differentiable,
+    rescale,
+    zero_like,
+    zero_scales,
+)
+from nag_jax.precision.rounding import (
+    check_seed,
+    differentiated,
+    next_key,
+    start_key,
+    to_bfloat16,
+    uniform_bits,
+)
 from nag_jax.precision.storage import Storage, map_numbered, zeros
 
 
@@ -82,7 +98,12 @@ def stochastic_bfloat16(seed: int = 0) -> Storage:
 
 
 def int8_blocks(
-    seed: int = 0, *, block_size: int = 128, min_size: int = 4096, shards: int = 8
+    seed: int = 0,
+    *,
+    block_size: int = 128,
+    min_size: int = 4096,
+    shards: int = 8,
+    differentiable: bool = False,
 ) -> Storage:
     r"""A momentum buffer of about 1 byte a parameter: int8 numbers, one float32 scale a block.
 
@@ -128,6 +149,8 @@ def int8_blocks(
     for name, value in (("block_size", block_size), ("min_size", min_size), ("shards", shards)):
         check_count(name, value, 0 if name == "min_size" else 1, static=True)
 
+    float_zeros = functools.partial(jax.tree.map, lambda m: jnp.zeros_like(m, jnp.float32))
+
     def init(params: Any) -> tuple[Any, BlockState]:
         def scale(m: jax.Array) -> jax.Array:
             if m.dtype != jnp.int8:
@@ -135,17 +158,29 @@ def int8_blocks(
             return zero_scales(m, block_shape(m.shape, block_size, shards))
 
         m = zeros(params, jnp.int8, max(min_size, 1))  # there is no block of an empty leaf
-        return m, BlockState(start_key(seed), jax.tree.map(scale, m))
+        derivative = float_zeros(m) if differentiable else ()
+        return m, BlockState(start_key(seed), jax.tree.map(scale, m), derivative)
 
     def store(x: Any, m: Any, memory: Any) -> tuple[Any, BlockState]:
+        derivative = memory.derivative
+        if not jax.tree.leaves(derivative) and differentiated(x):
+            derivative = float_zeros(m)
+        kept = jax.tree.leaves(derivative)
+
         def encoded(leaf: int, x: jax.Array, m: jax.Array, scales: jax.Array) -> jax.Array:
             if m.dtype != jnp.int8:
                 return x.astype(m.dtype)
+            x = x if kept else not_differentiable(x)
             return encode(x, scales, uniform_bits(memory.key, leaf, x.shape))
 
+        def followed(x: jax.Array, m: jax.Array, old: jax.Array) -> jax.Array:
+            return zero_like(x.astype(old.dtype)) if m.dtype == jnp.int8 else old
+
+        if kept:
+            derivative = filled(map_gradients(followed, x, m, derivative), derivative)
         scales = filled(map_gradients(rescale, x, memory.scales), memory.scales)
         m = filled(map_numbered(encoded, x, m, scales), m)
-        return m, BlockState(next_key(memory.key), scales)
+        return m, BlockState(next_key(memory.key), scales, derivative)
 
     return Storage(init, store)
 
@@ -171,7 +206,8 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: if seed is no such integer; from ``init``, for parameters of less than 32 bits
-        other than bfloat16; from update, if it is called without params.
+        other than bfloat16 and for those that are neither floating-point nor complex; from update,
+        if it is called without params.
 
     The point: 2000 updates of -0.0001 add up to -0.2.
 
@@ -193,12 +229,14 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     check_seed(seed)
 
     def init(params: optax.Params) -> NoiseState:
+        check_trainable("stochastic rounding", params)
         for path, p in jax.tree_util.tree_leaves_with_path(params):
             dtype = jnp.result_type(p)
             if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != jnp.bfloat16:
                 raise ValueError(
-                    f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}, but "
-                    "stochastic_rounding knows bfloat16 only; leave it out with optax.masked"
+                    f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}; "
+                    "stochastic rounding needs bfloat16 or at least 32 bits. Exclude it with "
+                    "optax.masked."
                 )
         return NoiseState(start_key(seed))
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nag_jax._arithmetic import dtype_of, filled, map_gradients
-from nag_jax._checks import as_static, is_floating
+from nag_jax._arithmetic import buffer_dtype, dtype_of, filled, map_gradients, widened
+from nag_jax._checks import as_static, check_trainable, is_inexact
 from nag_jax.precision.blocks import BlockState, decode
 
 
@@ -26,19 +26,22 @@ class Storage(NamedTuple):
 
 def read(m: Any, memory: Any) -> Any:
     """The buffer to compute with."""
-    if isinstance(memory, BlockState):
-        return jax.tree.map(decode, m, memory.scales)
-    return m
+    if not isinstance(memory, BlockState):
+        return m
+    values = jax.tree.map(decode, m, memory.scales)
+    if not jax.tree.leaves(memory.derivative):
+        return values
+    return jax.tree.map(lambda x, zero: x + zero.astype(x.dtype), values, memory.derivative)
 
 
 def choose(accumulator_dtype: Any) -> Storage:
     """The storage that ``accumulator_dtype`` stands for."""
     if isinstance(accumulator_dtype, Storage):
         return accumulator_dtype
-    if accumulator_dtype is not None and not is_floating(accumulator_dtype):
+    if accumulator_dtype is not None and not is_inexact(accumulator_dtype):
         raise ValueError(
-            "accumulator_dtype must be a floating dtype such as jnp.float32, a storage such as "
-            "nag_jax.stochastic_bfloat16(), or None for the dtype of each parameter, got "
+            "accumulator_dtype must be a floating or complex dtype such as jnp.float32, a storage "
+            "such as nag_jax.stochastic_bfloat16(), or None for the dtype of each parameter, got "
             f"{accumulator_dtype!r}; {as_static('accumulator_dtype')}"
         )
 
@@ -51,27 +54,20 @@ def choose(accumulator_dtype: Any) -> Storage:
 def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
     """A zero buffer like params, and sharded like them, of a dtype or of their own.
 
-    Complex leaves stay complex, of float32 at least; leaves below ``min_size`` are float32 at
-    least, too.
+    Complex leaves stay complex, of float32 at least, and real ones real; leaves below ``min_size``
+    are float32 at least, too. ValueError for a leaf that cannot be trained.
     """
+    check_trainable("momentum", params)
 
-    def zero(path: Any, p: Any) -> jax.Array:
+    def zero(p: Any) -> jax.Array:
         own = dtype_of(p)
-        if not jnp.issubdtype(own, jnp.inexact):
-            raise ValueError(
-                f"parameter {jax.tree_util.keystr(path) or 'params'} has dtype {own}, but momentum "
-                "needs floating or complex ones; leave it out with optax.masked"
-            )
         if dtype is None:
             return jnp.zeros_like(p, own)  # never of a weak type
-        if jnp.issubdtype(own, jnp.complexfloating):
-            floating = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
-            return jnp.zeros_like(p, jnp.promote_types(floating, jnp.complex64))
-        if math.prod(jnp.shape(p)) < min_size:
-            return jnp.zeros_like(p, jnp.promote_types(own, jnp.float32))
-        return jnp.zeros_like(p, dtype)
+        if math.prod(jnp.shape(p)) < min_size and not jnp.issubdtype(own, jnp.complexfloating):
+            return jnp.zeros_like(p, widened(own))
+        return jnp.zeros_like(p, buffer_dtype(own, dtype))
 
-    return jax.tree_util.tree_map_with_path(zero, params)
+    return jax.tree.map(zero, params)
 
 
 def map_numbered(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

@@ -99,11 +99,11 @@ def trace(
     def step(k: Any) -> tuple[Any, Coefficients]:
         mu = at_step(momentum, k)
         # The int32 step is what optax.scale_by_learning_rate gives the same schedule.
-        lr = learning_rate(k) if callable(learning_rate) else learning_rate
+        lr = jnp.asarray(learning_rate(k), float) if callable(learning_rate) else learning_rate
         coefficients = Coefficients(beta=mu, kappa=1.0, lookahead=mu, readout=lr * mu)
         return optax.safe_increment(k), coefficients
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, before_learning_rate=True)
 
 
 def fista() -> Rule:
@@ -265,10 +265,11 @@ def estimate_sequence(
     def step(carry: Any) -> tuple[Any, Coefficients]:
         k, alpha = carry
         after = jnp.asarray(optax.safe_increment(k))
-        lr, lr_after = (jnp.asarray(at_step(learning_rate, i), float) for i in (k, after))
+        at = lambda value, i: jnp.asarray(at_step(value, i), alpha.dtype)
+        lr, lr_after = at(learning_rate, k), at(learning_rate, after)
         # The positive root, with both learning rates multiplied out so that either may be 0.
         mass = lr_after * alpha**2
-        b = mass - lr * lr_after * at_step(strong_convexity, after)
+        b = mass - lr * lr_after * at(strong_convexity, after)
         root = 2 * mass / jnp.where(mass > 0, b + jnp.sqrt(b**2 + 4 * lr * mass), 1.0)
         alpha_after = jnp.where(mass > 0, root, 1.0)
         scale = mass + lr * alpha_after

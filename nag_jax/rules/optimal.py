@@ -10,6 +10,7 @@ import itertools
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 from jax.core import Tracer
 
 from nag_jax._checks import check_range
@@ -61,7 +62,7 @@ def ogm(horizon: int | None = None) -> Rule:
         new = (1 + jnp.sqrt(1 + jnp.where(last, 8, 4) * t * t)) / 2
         readout = -1.0 if horizon is None else jnp.where(last, 0.0, -1.0)
         c = Coefficients(beta=(t - 1) / new, kappa=(2 * t - 1) / new, readout=readout)
-        return (k + 1, new), c
+        return (optax.safe_increment(k), new), c
 
     return Rule(lambda: (first_step(), jnp.ones([], float)), step)
 
@@ -97,9 +98,9 @@ def ogm_g(horizon: int) -> Rule:
 
     def step(k: Any) -> tuple[Any, Coefficients]:
         beta, gamma = jnp.asarray([*table, (0.0, 0.0)], float)[jnp.minimum(k, horizon)]
-        return k + 1, Coefficients(beta=beta, kappa=beta + gamma, readout=0.0)
+        return optax.safe_increment(k), Coefficients(beta, kappa=beta + gamma, readout=0.0)
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def tmm(q: Any) -> Rule:

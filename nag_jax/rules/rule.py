@@ -38,11 +38,16 @@ class Rule(NamedTuple):
     """A method: ``init() -> carry`` and ``step(carry) -> (carry, Coefficients)``, scalars only.
 
     ``restart(carry) -> carry`` is what a restart leaves of the carry: without it, ``init()``.
+    ``before_learning_rate``: the update is in units of the gradient, the learning rate is the next
+    link of the chain, and readout includes it. ``at_params``: readout is 0 at every step, so params
+    are the iterate to evaluate, whatever follows in the chain.
     """
 
     init: Callable[[], Any]
     step: Callable[[Any], tuple[Any, Coefficients]]
     restart: Callable[[Any], Any] | None = None
+    before_learning_rate: bool = False
+    at_params: bool = False
 
 
 def constant(coefficients: Coefficients) -> Rule:
@@ -56,9 +61,13 @@ def first_step() -> jax.Array:
 
 
 def at_step(value: optax.ScalarOrSchedule, k: jax.Array) -> Any:
-    """The number itself, or the schedule's value at integer step ``k``."""
+    """The Python number itself, else an array of the default float dtype.
+
+    ``k`` is the integer step, of which ``value`` may be a schedule.
+    """
     # Widened to the default integer: under x64 an int32 step would make schedules float32.
-    return value(k.astype(int)) if callable(value) else value
+    at = value(k.astype(int)) if callable(value) else value
+    return at if isinstance(at, int | float) else jnp.asarray(at, float)
 
 
 def check_momentum(momentum: optax.ScalarOrSchedule) -> None:

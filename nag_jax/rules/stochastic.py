@@ -42,7 +42,7 @@ def heavy_ball(momentum: optax.ScalarOrSchedule = 0.9) -> Rule:
         c = Coefficients(beta=at_step(momentum, k), kappa=1.0, direct=0.0, readout=0.0)
         return optax.safe_increment(k), c
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def qhm(momentum: optax.ScalarOrSchedule = 0.999, nu: optax.ScalarOrSchedule = 0.7) -> Rule:
@@ -78,7 +78,7 @@ def qhm(momentum: optax.ScalarOrSchedule = 0.999, nu: optax.ScalarOrSchedule = 0
         c = Coefficients(mu, kappa=1 - mu, direct=1 - weight, lookahead=weight, readout=0.0)
         return optax.safe_increment(k), c
 
-    return Rule(first_step, step)
+    return Rule(first_step, step, at_params=True)
 
 
 def gpa(momentum: float = 0.9967, interpolation: float = 0.7) -> Rule:
@@ -257,8 +257,9 @@ def srsgd(period: optax.ScalarOrSchedule = 100) -> Rule:
 
     def step(carry: Any) -> tuple[Any, Coefficients]:
         k, j = carry
-        mu = (jnp.asarray(j, float) - 1) / (jnp.asarray(j, float) + 2)
-        after = jnp.where(j + 1 < at_step(period, k), j + 1, 1)
+        i = jnp.asarray(j, float)
+        mu = (i - 1) / (i + 2)
+        after = jnp.where(i + 1 < at_step(period, k), j + 1, 1)
         return (optax.safe_increment(k), after), Coefficients(beta=mu, kappa=mu)
 
     return Rule(lambda: (first_step(), first_step() + 1), step, lambda c: (c[0], first_step() + 1))

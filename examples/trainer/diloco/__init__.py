@@ -1,0 +1,1 @@
+"""DiLoCo with simulated workers: ``python -m examples.trainer.diloco``."""
