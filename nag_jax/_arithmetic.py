@@ -1,6 +1,5 @@
 """Arithmetic in float32 at least, over trees in which a leaf may have no gradient."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,11 +49,6 @@ def mix(a: Any, x: Any, b: Any, y: Any) -> jax.Array:
     """``a*x + b*y`` in float32 at least."""
     dtype = np.promote_types(widened(dtype_of(x)), widened(dtype_of(y)))
     a, b = (float(c) if isinstance(c, int | float) else jnp.asarray(c, dtype) for c in (a, b))
-    constant = isinstance(a, float) and isinstance(b, float)
-    if constant and a == b != 1.0 and math.frexp(a)[0] == 0.5:
-        # XLA would write a*(x + y) for a power of 2, recompute it from the old buffer where params
-        # are updated, and so copy the donated buffer first (seen with jax 0.12 on CPU).
-        b = jax.lax.optimization_barrier(jnp.asarray(b, dtype))
     return a * jnp.asarray(x, dtype) + b * jnp.asarray(y, dtype)
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax import _restarting
 from nag_jax._arithmetic import (
     as_arrays,
     cast_like,
@@ -19,6 +18,7 @@ from nag_jax._arithmetic import (
     wide_zeros,
 )
 from nag_jax._checks import check_range, given_scalar
+from nag_jax._reductions import inner_product
 from nag_jax._step_size import guess, within
 from nag_jax.kernel import AccelerateState, accelerate
 from nag_jax.rules.rule import Coefficients, Rule, first_step
@@ -129,7 +129,7 @@ def adanag(
         lr, k, g = state.learning_rate, state.kernel.carry, updates
         value = given_scalar("value", value).astype(lr.dtype)
         first, second = lr == 0, (lr > 0) & (k == 0)
-        dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(lr.dtype)
+        dot = lambda a, b: inner_product(a, b, axis_name).astype(lr.dtype)
         last = map_gradients(lambda g, last: last, g, state.gradient)
         moved = map_gradients(lambda g, m: wide(m) - real_like(lr, g) * g, last, state.kernel.m)
         curvature = jnp.where(first, 0, _curvature(g, last, moved, value, state.value, dot))

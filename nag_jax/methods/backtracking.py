@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax import _restarting
 from nag_jax import restart as conditions
 from nag_jax._arithmetic import (
     as_arrays,
@@ -15,6 +14,7 @@ from nag_jax._arithmetic import (
     dtype_of,
     filled,
     map_gradients,
+    mix,
     proximal_step,
     real_like,
     trained,
@@ -22,10 +22,12 @@ from nag_jax._arithmetic import (
 )
 from nag_jax._checks import check_prox, check_range, given_scalar
 from nag_jax._paths import only_scalar
+from nag_jax._reductions import inner_product
 from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import shifted
 from nag_jax.precision import storage
 from nag_jax.proximal import Prox
+from nag_jax.restart import decision
 
 _ROUNDING = 4  # of values, in units of the precision
 _TELLING = 8  # a step this many times above rounding tells whether it was short enough
@@ -152,7 +154,7 @@ def backtracking(
             accepted=count(),
             retries=count(),
             values=count(),
-            restart=() if restart is None else _restarting.start(),
+            restart=() if restart is None else decision.begin(),
         )
 
     def update(
@@ -173,7 +175,7 @@ def backtracking(
         state = as_arrays(state)
         g, carry = updates, state
         real = carry.learning_rate.dtype
-        dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(real)
+        dot = lambda a, b: inner_product(a, b, axis_name).astype(real)
         value = given_scalar("value", value).astype(real)
         rounding = _ROUNDING * _rounding(value, g, trained(params, state.m), dot)
 
@@ -204,9 +206,16 @@ def backtracking(
         new_lr = within(lr * jnp.where(ok, jnp.where(telling, factor, 1), shrink))
         fire, memory = jnp.asarray(False), state.restart
         if restart is not None:
-            fire, memory = _restarting.decide(restart, memory, u, state.m, axis_name, value)
-            memory = jax.tree.map(lambda a, b: jnp.where(ok, a, b), memory, state.restart)
+            v = map_gradients(lambda u, m: mix(1.0, m, 1.0, u), u, state.m)
+            fire, remembered = decision.ask(restart, memory, u, v, axis_name, value)
             fire = fire & ok
+            asked = decision.RestartState(
+                restarts=_added(memory.restarts, fire),
+                steps=jnp.where(fire, 0, optax.safe_increment(memory.steps)),
+                remembered=remembered,
+                phase=memory.phase,
+            )
+            memory = jax.tree.map(lambda a, b: jnp.where(ok, a, b), asked, memory)
         # After a restart the step was the first one of a new run, from y.
         t = jnp.where(fire, 1, t)
         new_t = _corrected(jnp.where(ok, t * t * lr, mass), new_lr)

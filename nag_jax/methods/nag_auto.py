@@ -23,7 +23,7 @@ from nag_jax._arithmetic import (
     wide_zeros,
 )
 from nag_jax._checks import check_choice, check_range, given_params
-from nag_jax._restarting import inner_products
+from nag_jax._reductions import inner_products
 from nag_jax.kernel import accelerate
 from nag_jax.methods.averaged import averaged
 from nag_jax.precision import storage as _storage

@@ -1,19 +1,9 @@
-"""Restart conditions for ``accelerate(rule, restart=...)``: when momentum is better forgotten.
-
-Without known strong convexity, momentum that tends to 1 overshoots and oscillates. A restart
-empties the buffer (the next params are params + u) and starts the rule's scalars anew, which on
-well-behaved problems gives the linear rate of the best constant momentum to within a constant.
-
-A condition is a function ``seen -> (fire, remembered)`` of what :class:`Seen` holds, the second a
-number that it sees again at the next step. A new one is one more function; none needs a buffer.
-"""
+"""The restart conditions."""
 
 from typing import Any
 
 from nag_jax._checks import as_static, check_count
-from nag_jax._restarting import Condition as Condition
-from nag_jax._restarting import RestartState as RestartState
-from nag_jax._restarting import Seen as Seen
+from nag_jax.restart.decision import Condition, Seen
 
 
 def by_name(condition: str | Condition | None) -> Condition | None:
@@ -105,7 +95,7 @@ def every(n: int) -> Condition:
     r"""Restarts every n steps; :math:`n = e \sqrt{8/q}` is the best for known q = mu/L.
 
     Args:
-      n: at least 1.
+      n: steps from one restart to the next, at least 1.
 
     Returns:
       A condition.
@@ -119,7 +109,8 @@ def every(n: int) -> Condition:
 
     def condition(seen: Seen) -> tuple[Any, Any]:
         _check_seen(seen)
-        return seen.steps + 1 >= n, seen.remembered
+        # The step after the decision restarts, and is one of the n.
+        return seen.steps + 2 >= n, seen.remembered
 
     return condition
 
