@@ -20,9 +20,9 @@ def guess(value: jax.Array, square: jax.Array) -> jax.Array:
 
 
 def within(lr: jax.Array) -> jax.Array:
-    """So far from overflow that lr and t^2 lr stay finite, whatever the loss."""
-    limit = float(jnp.finfo(lr.dtype).max) ** 0.75
-    return jnp.clip(lr, 1 / limit, limit)
+    """So far from overflow that t^2 lr and 1 / lr stay finite, whatever the loss."""
+    largest = float(jnp.finfo(lr.dtype).max)
+    return jnp.clip(lr, largest**-0.95, largest**0.75)
 
 
 def search(

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from nag_jax._arithmetic import real_like, wide
-from nag_jax._checks import check_count, check_optimizer, check_prox, check_range
+from nag_jax._checks import check_count, check_optimizer, check_prox, check_range, given_scalar
+from nag_jax._compiled import compiled
+from nag_jax._implicit import hoisted, norm, with_derivatives
 from nag_jax.evaluation import evaluated
 from nag_jax.methods.backtracking import backtracking
 from nag_jax.proximal import Prox
 
 _PATIENCE = 10  # steps in a row that must be too small: a warm-up and a restart make single ones
+_TRIALS = 30  # of the last proximal step
+_MOST_STEPS = 2**31 - 1  # counted in int32
 
 
 class Reason(enum.IntEnum):
@@ -107,30 +111,26 @@ def minimize(
         check_optimizer("optimizer", optimizer)
     if prox is not None:
         check_prox(prox)
-    params = jax.tree.map(jnp.asarray, params)
+    if not isinstance(max_steps, jax.Array):
+        max_steps = min(max_steps, _MOST_STEPS)
+    # Arrays, so that one compiled program does for all values.
+    limits = jnp.asarray(tol, float), jnp.asarray(max_steps, jnp.int32)
 
-    def solve(fun: Callable[[Any], Any]) -> _Loop:
-        tx = optimizer
-        if tx is None:
-            tx = backtracking(prox)
-        return _run(fun, params, optax.with_extra_args_support(tx), prox, tol, max_steps)
+    def solved(params: Any) -> Result:
+        value = _scalar(fun)
+        run = lambda params: _run(value, params, optimizer, prox, *limits)
+        # The steps are not differentiated, whatever takes part in them.
+        run, data = hoisted(run, params)
+        x, error, steps, reason = run(*jax.lax.stop_gradient((data, params)))
+        if implicit_diff:
+            x = with_derivatives(x, lambda p: _gradient(value)(p)[1], prox)
+        y = value(x)
+        converged = (reason == Reason.TOLERANCE) & jnp.isfinite(y) & jnp.isfinite(norm(x))
+        return Result(x, y, error, steps, converged, reason)
 
-    if implicit_diff:
-        closed, data = jax.closure_convert(fun, params)
-        frozen = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, data))
-        end = solve(lambda p: closed(p, *frozen))
-    else:
-        end = solve(fun)
-    end = jax.lax.stop_gradient(end)
-    x = evaluated(end.params, end.state)
-    if implicit_diff:
-        x = _with_implicit_derivative(x, lambda p: _residual(p, _gradient(fun)(p)[1], prox), prox)
-    reason = jnp.where(end.small >= _PATIENCE, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
-    reason = jnp.where(end.error <= tol, Reason.TOLERANCE, reason)
-    reason = jnp.where(end.finite, reason, Reason.NOT_FINITE).astype(jnp.int32)
-    value = fun(x)
-    converged = (reason == Reason.TOLERANCE) & jnp.isfinite(value)
-    return Result(x, value, end.error, end.steps, converged, reason)
+    params = _floating(params)
+    rules = prox is not None and "custom_" in str(jax.make_jaxpr(prox)(params, 1.0))
+    return compiled(solved, params, owner=fun, parts=(optimizer, prox), opaque=rules)
 
 
 def largest_curvature(fun: Callable[[Any], Any], params: Any, *, max_steps: int = 100) -> jax.Array:
@@ -166,19 +166,24 @@ def largest_curvature(fun: Callable[[Any], Any], params: Any, *, max_steps: int 
     def body(carry: Any) -> Any:
         v, _, new, k = carry
         image = jax.jvp(jax.grad(fun), (params,), (unit(v, new),))[1]
-        return image, new, _norm(image), k + 1
+        return image, new, norm(image), k + 1
 
     def going(carry: Any) -> jax.Array:
         _, old, new, k = carry
         return (k < max_steps) & ((k < 2) | (jnp.abs(new - old) > 1e-3 * new))
 
     v = jax.tree.unflatten(structure, start)
-    size = _norm(v)
+    size = norm(v)
     _, _, size, _ = jax.lax.while_loop(going, body, (v, size, size, 0))
     return jnp.where(size > 0, 1.02 * size, 1.0)
 
 
-def _run(fun: Any, params: Any, tx: Any, prox: Any, tol: float, max_steps: int) -> _Loop:
+def _run(
+    fun: Any, params: Any, optimizer: Any, prox: Any, tol: jax.Array, max_steps: jax.Array
+) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+    """The params found, error, steps, reason."""
+    tx = optax.with_extra_args_support(backtracking(prox) if optimizer is None else optimizer)
+
     def going(loop: _Loop) -> jax.Array:
         stop = (loop.error <= tol) | (loop.steps >= max_steps) | (loop.small >= _PATIENCE)
         return ~stop & loop.finite
@@ -186,12 +191,13 @@ def _run(fun: Any, params: Any, tx: Any, prox: Any, tol: float, max_steps: int) 
     def body(loop: _Loop) -> _Loop:
         p = loop.params
         value, g = _gradient(fun)(p)
-        error = _norm(_residual(p, g, prox))
+        error = _error(p, g, prox)
         updates, state = tx.update(g, loop.state, p, value=value, grad=g, value_fn=fun)
         new = optax.apply_updates(p, updates)
-        moved = _norm(jax.tree.map(lambda a, b: wide(a) - wide(b), new, p))
-        small = moved <= _rounding(p) * _norm(p)
-        finite = jnp.isfinite(error) & jnp.isfinite(moved)
+        moved = norm(_minus(new, p))
+        small = moved <= _rounding(p) * norm(p)
+        finite = jnp.isfinite(error) & (moved < _limit(moved))
+        finite = finite & (jnp.isfinite(value) | (error <= tol))
         keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(finite, x, y), a, b)
         return _Loop(
             params=keep(new, p),
@@ -203,9 +209,85 @@ def _run(fun: Any, params: Any, tx: Any, prox: Any, tol: float, max_steps: int) 
         )
 
     zero = jnp.zeros([], jnp.int32)
-    infinite = jnp.full_like(_norm(params), jnp.inf)
-    start = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True))
-    return jax.lax.while_loop(going, body, start)
+    infinite = jnp.full_like(norm(params), jnp.inf)
+    loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True))
+    loop = jax.lax.while_loop(going, body, loop)
+    x, met = evaluated(loop.params, loop.state), loop.error <= tol
+    small = loop.small >= _PATIENCE
+    if prox is not None:
+        gradient = lambda p: _gradient(fun)(p)[1]
+        g = gradient(x)
+        hidden = met & _hidden(x, g, prox, tol)
+        x, met, small = _proximal(x, g, gradient, prox), met & ~hidden, small | hidden
+    reason = jnp.where(small, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
+    reason = jnp.where(met, Reason.TOLERANCE, reason)
+    reason = jnp.where(loop.finite, reason, Reason.NOT_FINITE).astype(jnp.int32)
+    return x, loop.error, loop.steps, reason
+
+
+def _proximal(x: Any, g: Any, gradient: Callable[[Any], Any], prox: Prox) -> Any:
+    """prox(x - s*gradient) for a step s that is short enough for descent where fun is convex.
+
+    So it is exactly sparse or feasible, which x, a sum of params and a buffer, is up to rounding.
+    """
+    g = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), g)
+
+    def moved(step: jax.Array) -> Any:
+        z = prox(_descended(x, g, step), step)
+        return jax.tree.map(lambda x, z: z.astype(x.dtype), x, z)
+
+    def body(loop: Any) -> Any:
+        step, _, trials = loop
+        z = moved(step)
+        u, bend = (_minus(*pair) for pair in ((z, x), (gradient(z), g)))
+        length = jnp.where(norm(u) > 0, norm(u), 1)
+        unit = jax.tree.map(lambda u: u / real_like(length, u), u)
+        dots = jax.tree.map(lambda a, b: jnp.sum((jnp.conj(a) * b).real), unit, bend)
+        curvature = sum(jax.tree.leaves(dots), jnp.zeros_like(length)) / length
+        shorter = jnp.minimum(step / 2, 1 / (2 * curvature))
+        shorter = jnp.where(jnp.isfinite(shorter) & (shorter > 0), shorter, step / 1024)
+        short = step * curvature <= 1
+        return jnp.where(short, step, shorter), short, trials + 1
+
+    going = lambda loop: ~loop[1] & (loop[2] < _TRIALS)
+    step = norm(x) / norm(g)
+    step = jnp.where(jnp.isfinite(step) & (step > 0), step, 1)
+    start = step, jnp.asarray(False), jnp.zeros([], jnp.int32)
+    return moved(jax.lax.while_loop(going, body, start)[0])
+
+
+def _scalar(fun: Callable[[Any], Any]) -> Callable[[Any], jax.Array]:
+    """``fun``; ValueError where it does not return one real floating number."""
+
+    def value(params: Any) -> jax.Array:
+        y = given_scalar("what fun returns", fun(params))
+        if not jnp.issubdtype(y.dtype, jnp.floating):
+            raise ValueError(f"what fun returns must be a floating number, got {y.dtype}[]")
+        return y
+
+    return value
+
+
+def _floating(params: Any) -> Any:
+    """``params`` as arrays; ValueError unless they are floating or complex, or Python numbers."""
+
+    def leaf(path: Any, p: Any) -> jax.Array:
+        try:
+            number = isinstance(p, int | float) and not isinstance(p, bool)
+            x = jnp.asarray(p, float) if number else jnp.asarray(p)
+            got = f"{x.dtype}{list(x.shape)}"
+        except (TypeError, ValueError, OverflowError):
+            x, got = None, repr(p)
+        if x is None or not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"params must be floating or complex arrays, or Python numbers, got {got}"
+                f"{' at ' if path else ''}{jax.tree_util.keystr(path)}; cast it to float"
+            )
+        return x
+
+    if params is None:
+        raise ValueError("params must be a tree of arrays, got None; {} has no parameters")
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def _gradient(fun: Any) -> Any:
@@ -216,58 +298,36 @@ def _gradient(fun: Any) -> Any:
     return value_and_gradient
 
 
-def _residual(p: Any, g: Any, prox: Any) -> Any:
-    """0 exactly at a solution: the gradient, or p - prox(p - g)."""
+def _error(p: Any, g: Any, prox: Any, step: Any = 1.0) -> jax.Array:
+    """0 exactly at a solution: the norm of the gradient, or of (p - prox(p - step*g)) / step."""
     if prox is None:
-        return g
-    after = prox(jax.tree.map(lambda p, g: wide(p) - wide(g), p, g), 1.0)
-    return jax.tree.map(lambda p, z: (wide(p) - wide(z)).astype(p.dtype), p, after)
+        return norm(g)
+    return norm(_minus(p, prox(_descended(p, g, step), step))) / step
 
 
-def _norm(tree: Any) -> jax.Array:
-    """Over all leaves, in float32 at least; scaled, so that large entries do not overflow."""
-    leaves = [jnp.abs(wide(x)) for x in jax.tree.leaves(tree) if x.size]
-    if not leaves:
-        return jnp.zeros([], float)
-    largest = jnp.stack([jnp.max(x) for x in leaves]).max()
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return scale * jnp.sqrt(sum(jnp.sum((x / scale) ** 2) for x in leaves))
+def _hidden(x: Any, g: Any, prox: Prox, tol: jax.Array) -> jax.Array:
+    """Whether rounding of x hides an error above tol, which it does not from a longer step."""
+    length, size = norm(x), norm(g)
+    step = jnp.where(length > size, length / jnp.where(size > 0, size, 1), 1)
+    rounded = jnp.finfo(length.dtype).eps * length > tol
+    return rounded & (_error(x, g, prox, jnp.minimum(step, _limit(step))) > 10 * tol)
+
+
+def _descended(p: Any, g: Any, step: Any) -> Any:
+    """``p - step*g``, in float32 at least."""
+    return jax.tree.map(lambda p, g: wide(p) - real_like(step, p) * wide(g), p, g)
+
+
+def _minus(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda a, b: wide(a) - wide(b), a, b)
+
+
+def _limit(x: jax.Array) -> float:
+    """Beyond which sizes of the dtype of ``x`` are as good as infinite: 4e28, float64 2e231."""
+    return float(jnp.finfo(x.dtype).max) ** 0.75
 
 
 def _rounding(params: Any) -> float:
     """Relative size of a step too small to matter; below float32 one that moves nothing at all."""
     eps = max((float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params)), default=0.0)
     return eps if eps < 1e-5 else 0.0
-
-
-def _with_implicit_derivative(x: Any, residual: Callable[[Any], Any], prox: Any) -> Any:
-    """``x``, whose derivative is that of the root of ``residual`` in what that closes over."""
-    residual, data = jax.closure_convert(residual, x)
-    data = jax.tree.map(jnp.asarray, data)
-
-    @jax.custom_jvp
-    def root(x: Any, data: Any) -> Any:
-        del data
-        return x
-
-    @root.defjvp
-    def root_jvp(primals: Any, tangents: Any) -> Any:
-        (x, data), (_, moved) = primals, tangents
-        change = jax.jvp(lambda data: residual(x, *data), (data,), (moved,))[1]
-        jacobian = lambda v: jax.jvp(lambda p: residual(p, *data), (x,), (v,))[1]
-        solved = _linear_solve(jacobian, change, symmetric=prox is None)
-        return x, jax.tree.map(jnp.negative, solved)
-
-    return root(x, data)
-
-
-def _linear_solve(matrix: Any, y: Any, *, symmetric: bool) -> Any:
-    """By conjugate gradients, on the normal equations where the matrix is not symmetric."""
-    tol = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y)), default=1) ** 0.75
-    # cg alone cannot be transposed, since its stopping threshold is computed from y.
-    solve = lambda matrix, y: jax.scipy.sparse.linalg.cg(matrix, y, tol=tol)[0]
-    if not symmetric:
-        transpose = jax.linear_transpose(matrix, y)
-        half, y = matrix, transpose(y)[0]
-        matrix = lambda z: transpose(half(z))[0]
-    return jax.lax.custom_linear_solve(matrix, y, solve, symmetric=True)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like, root
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like
 from nag_jax._checks import check_projection, check_prox, check_range, check_trainable, given_params
 
 Prox = Callable[[Any, Any], Any]
@@ -188,14 +188,16 @@ def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
     Args:
       strength: :math:`\lambda`, at least 0: a number, an array that broadcasts to the groups of
         each leaf (its shape, with 1 along axis), or a tree of these that is a prefix of params.
-      axis: the axis or axes that run through one group; None: each leaf is one group.
+      axis: the axis or axes that run through one group; None: each leaf is one group. A scalar
+        leaf is always one group.
 
     Returns:
-      A prox. It also takes complex leaves, whose groups shrink in norm.
+      A prox. It also takes complex leaves, whose groups shrink in norm. Its derivative at a group
+      of zeros is 0, unless the strength is 0, too.
 
     Raises:
       ValueError: if an entry of strength is negative or not a number; from the prox, if strength
-        does not match its tree.
+        does not match its tree, or for a leaf without that axis.
 
     Example:
       >>> print(nag_jax.proximal.group_l1(1.0)(jnp.array([[3.0, 4.0], [0.1, 0.1]]), 2.5))
@@ -208,8 +210,17 @@ def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
     """
     _check_entries("strength", strength, 0.0)
 
+    axes = axis if isinstance(axis, tuple) else (axis,)
+
+    def norm(z: jax.Array) -> jax.Array:
+        if z.ndim and any(a is not None and not -z.ndim <= a < z.ndim for a in axes):
+            raise ValueError(
+                f"group_l1 got axis={axis!r} and a leaf of shape {z.shape}, which has no such axis;"
+                " give axis=None, or apply group_l1 only to leaves that have it"
+            )
+        return _norm(z, axis if z.ndim else None)
+
     def prox(tree: Any, step: Any) -> Any:
-        norm = lambda z: root(jnp.sum(jnp.abs(z) ** 2, axis=axis, keepdims=True))
         norms = jax.tree.map(norm, tree)
         shrink = lambda z, size, weight: _shrink(z, size, step * weight)
         return jax.tree.map(shrink, tree, norms, _spread("strength", strength, norms))
@@ -307,8 +318,20 @@ def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
 
 def _shrink(z: jax.Array, size: jax.Array, by: Any) -> jax.Array:
     """z with its ``size`` reduced by ``by``, to 0 at most."""
-    safe = jnp.where(size > 0, size, 1)
-    return z * real_like(jnp.maximum(size - real_like(by, size), 0) / safe, z)
+    by, safe = real_like(by, size), jnp.where(size > 0, size, 1)
+    shrunk = z * (jnp.maximum(size - by, 0) / safe)
+    # Where nothing is taken from nothing the derivative is 1, not 0.
+    return jnp.where((size > 0) | (by > 0), shrunk, z)
+
+
+def _norm(z: jax.Array, axis: int | tuple[int, ...] | None) -> jax.Array:
+    """Over ``axis``, with a derivative of 0 at 0; scaled, so that no square overflows."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(z), axis=axis, keepdims=True, initial=0))
+    zero = largest == 0
+    scale = jnp.where(zero | ~jnp.isfinite(largest), 1, largest)
+    unit = z / scale
+    square = jnp.sum((unit * jnp.conj(unit)).real, axis=axis, keepdims=True)
+    return jnp.where(zero, 0, scale * jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 def _check_entries(name: str, tree: Any, low: float, *, high_closed: bool = False) -> None:

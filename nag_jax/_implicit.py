@@ -1,0 +1,204 @@
+"""Derivatives of a solution by the implicit function theorem: of any order, in both modes.
+
+A solution x is a root of the gradient, or with a prox a fixed point x = prox(x - s*gradient(x)).
+All of it is done over lists of real arrays, complex leaves as their real and imaginary parts: the
+Jacobians of a gradient and of a prox are symmetric only there.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from nag_jax._arithmetic import real_like, wide
+
+Reals = list[jax.Array]
+
+_SMALL = 128  # unknowns up to which all eigenvalues of a matrix are found at once
+_DENSE = 1024  # and up to which they are where conjugate gradients fail
+_BATCH = 32  # products with a matrix at once, for its rows
+_STEPS = 10_000  # of conjugate gradients at most
+
+
+def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """``function`` with the arrays it closes over as a first argument, and those arrays.
+
+    ``jax.closure_convert`` leaves integers, booleans and keys in the closure, from where a rule
+    for derivatives would take tracers of a trace that has ended.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*examples)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)
+
+    def with_data(data: list[Any], *arguments: Any) -> Any:
+        leaves = jax.tree.leaves(arguments)
+        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(jaxpr, data, *leaves))
+
+    return with_data, closed.consts
+
+
+def with_derivatives(
+    x: Any, gradient: Callable[[Any], Any], prox: Callable[[Any, Any], Any] | None
+) -> Any:
+    """``x``, with derivatives in all that ``gradient`` and ``prox`` close over.
+
+    Args:
+      x: the solution, a tree of floating or complex arrays.
+      gradient: from trees like x to the real gradient, complex where x is.
+      prox: ``(tree, step) -> tree``; None: x is a root of the gradient.
+    """
+    v, like = _reals(x), jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), x)
+    if not v:
+        return x
+    precision = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(like))
+    gradient_of, g_data = hoisted(lambda v: _reals(gradient(_like(like, v, narrow=True))), v)
+    prox_of, p_data = None, []
+    if prox is not None:
+        prox_of, p_data = hoisted(lambda z, s: _reals(prox(_like(like, z), s)), v, 1.0)
+    solve = functools.partial(_solve, precision=precision)
+
+    @jax.custom_jvp
+    def solution(v: Reals, g_data: list[Any], p_data: list[Any]) -> Reals:
+        del g_data, p_data
+        return v
+
+    @solution.defjvp
+    def tangent(primals: Any, tangents: Any) -> tuple[Reals, Reals]:
+        data = primals[1:]
+        v = solution(*primals)  # which knows, for derivatives of this one, that it depends on data
+        floats, moves = [], []
+        for d, t in zip(jax.tree.leaves(data), jax.tree.leaves(tangents[1:]), strict=True):
+            if jnp.issubdtype(d.dtype, jnp.inexact):
+                floats.append(d)
+                moves.append(t)
+
+        def split(floats: Any) -> Any:
+            """The data with other floats in their places."""
+            new = iter(floats)
+            choose = lambda d: next(new) if jnp.issubdtype(d.dtype, jnp.inexact) else d
+            return jax.tree.map(choose, data)
+
+        def slope(v: Reals, floats: Any) -> Reals:
+            return gradient_of(split(floats)[0], v)
+
+        hessian = jax.linearize(lambda v: slope(v, floats), v)[1]
+        if prox_of is None:
+            change = jax.jvp(lambda floats: slope(v, floats), (floats,), (moves,))[1]
+            return v, solve(hessian, [-x for x in change])
+
+        # With H the Hessian, a step s of about 1/|H|, and P the derivative of the prox at its point
+        # z = v - s*gradient,
+        #   dv = P (I - sH) dv + change,
+        # where change is how the right side moves while v stays. So dv = change + P w for a w with
+        #   (P - P (I - sH) P) w = P (I - sH) change,
+        # a symmetric system, which is positive semidefinite at a minimum.
+        step = _step(hessian, v)
+        point = lambda floats: _add(v, -step, slope(v, floats))
+        mapped = lambda z, floats: prox_of(split(floats)[1], z, step)
+        change = jax.jvp(lambda f: mapped(point(f), f), (floats,), (moves,))[1]
+        p = jax.linearize(lambda z: mapped(z, floats), point(floats))[1]
+
+        def matrix(w: Reals) -> Reals:
+            pw = p(w)
+            return _add(_add(pw, -1, p(pw)), step, p(hessian(pw)))
+
+        w = solve(matrix, p(_add(change, -step, hessian(change))))
+        return v, _add(change, 1, p(w))
+
+    return _like(like, solution(v, g_data, p_data), narrow=True)
+
+
+def _step(hessian: Callable[[Reals], Reals], v: Reals) -> jax.Array:
+    """About 1 / the largest curvature. Only rounding depends on it, so it has no derivative."""
+    product = lambda v: jax.lax.stop_gradient(hessian(v))
+    unit = lambda v: [x / real_like(norm(v), x) for x in v]
+    start = [jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in v]
+    size = norm(product(jax.lax.fori_loop(0, 5, lambda _, v: unit(product(v)), unit(start))))
+    return jnp.where(size > 0, 1 / size, 1)
+
+
+def _solve(matrix: Callable[[Reals], Reals], b: Reals, *, precision: float) -> Reals:
+    """The solution of least norm of a symmetric system, itself differentiable to any order.
+
+    NaN if b is not in the range of the matrix. In the transposed system b is any cotangent, and
+    what of it is not in the range has no effect.
+    """
+    # As one array: JAX cannot transpose a solve of which only some leaves depend on a tangent.
+    flat, unravel = ravel_pytree(b)
+    inverse = functools.partial(_pseudo_inverse, precision=precision)
+    return unravel(
+        jax.lax.custom_linear_solve(
+            lambda x: ravel_pytree(matrix(unravel(x)))[0],
+            flat,
+            functools.partial(inverse, strict=True),
+            functools.partial(inverse, strict=False),
+            symmetric=True,
+        )
+    )
+
+
+def _pseudo_inverse(
+    product: Callable[[jax.Array], jax.Array], b: jax.Array, *, precision: float, strict: bool
+) -> jax.Array:
+    """By eigenvalues; with many unknowns by conjugate gradients, and by eigenvalues if these fail.
+
+    They fail for a b that is not in the range of the matrix, and if it is not positive.
+    """
+    n, size = b.size, norm(b)
+    unit = b / jnp.where(size > 0, size, 1)
+
+    def dense(_: Any) -> tuple[jax.Array, jax.Array]:
+        batch = min(n, _BATCH)
+        rows = jnp.eye(-(-n // batch) * batch, n, dtype=b.dtype).reshape(-1, batch, n)
+        rows = jax.lax.map(jax.vmap(product), rows).reshape(-1, n)[:n]
+        eigenvalues, q = jnp.linalg.eigh((rows + rows.T) / 2)
+        sizes = jnp.abs(eigenvalues)
+        keep = sizes > 8 * precision * n**0.5 * jnp.max(sizes)
+        y = unit @ q
+        x = q @ jnp.where(keep, y / jnp.where(keep, eigenvalues, 1), 0)
+        lost = norm(jnp.where(keep, 0, y))
+        return jnp.where(strict & ~(lost <= precision**0.25), jnp.nan, x), jnp.asarray(True)
+
+    if n <= _SMALL:
+        return size * dense(None)[0]
+    steps = 2 * n if n <= _DENSE else _STEPS
+    x, _ = jax.scipy.sparse.linalg.cg(product, unit, tol=precision**0.75, maxiter=steps)
+    solved = norm(unit - product(x)) <= precision**0.4
+    if n <= _DENSE:  # a loop, not a cond: under vmap it runs only where something is not solved
+        x, solved = jax.lax.while_loop(lambda loop: ~loop[1], dense, (x, solved))
+    return size * jnp.where(solved, x, jnp.nan)
+
+
+def norm(tree: Any) -> jax.Array:
+    """Over all leaves, in float32 at least; scaled, so that large entries do not overflow."""
+    leaves = [jnp.abs(wide(x)) for x in jax.tree.leaves(tree) if x.size]
+    if not leaves:
+        return jnp.zeros([], float)
+    largest = jnp.stack([jnp.max(x) for x in leaves]).max()
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * jnp.sqrt(sum(jnp.sum((x / scale) ** 2) for x in leaves))
+
+
+def _reals(tree: Any) -> Reals:
+    """The leaves in float32 at least, complex ones as two."""
+    parts = lambda x: [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+    return [part for leaf in jax.tree.leaves(tree) for part in parts(wide(leaf))]
+
+
+def _like(x: Any, v: Reals, *, narrow: bool = False) -> Any:
+    """The tree like ``x`` of which ``v`` are the reals; in the dtypes of x if ``narrow``."""
+    left = iter(v)
+
+    def leaf(x: Any) -> jax.Array:
+        new = next(left)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            new = jax.lax.complex(new, next(left))
+        return new.astype(x.dtype) if narrow else new
+
+    return jax.tree.map(leaf, x)
+
+
+def _add(x: Reals, scale: Any, y: Reals) -> Reals:
+    return [a + real_like(scale, b) * b for a, b in zip(x, y, strict=True)]
