@@ -74,28 +74,29 @@ def main(argv: list[str] | None = None) -> float:
         parser.error(f"{error.filename} is missing; 'apt install dataset-fashion-mnist' or see -h")
 
     rngs = nnx.Rngs(options.seed)
-    model, order_key, mirror_key = CNN(rngs=rngs), rngs(), rngs()
+    model, order_key, key = CNN(rngs=rngs), rngs(), rngs()
     steps = len(images) // BATCH_SIZE  # in an epoch
     schedule = optax.cosine_decay_schedule(0.05, options.epochs * steps)
     weights = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # no decay of biases
     tx = nag_jax.nag(schedule, 0.9, weight_decay=5e-4, weight_decay_mask=weights)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    with ocp.CheckpointManager(options.out.absolute()) as manager:
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(options.out.absolute(), item_handlers=handler) as manager:
         first = manager.latest_step() or 0
         if first:
-            template = ocp.args.StandardRestore(nnx.state((model, optimizer)))
-            try:
-                nnx.update((model, optimizer), manager.restore(first, args=template))
-            except ValueError:
+            state = nnx.state((model, optimizer))
+            shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree) if x.dtype == jnp.float32]
+            if shapes(state) != shapes(manager.item_metadata(first)):
                 parser.error(f"{options.out} is of another model or optimizer; change --out")
+            restored = manager.restore(first, args=ocp.args.StandardRestore(state))
+            nnx.update((model, optimizer), restored)
             print("finished" if first >= options.epochs else "resumed", f"after epoch {first}")
         for epoch in range(first, options.epochs):
             # The order follows from the epoch, so a resumed run sees what any other would have.
             order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(images))
             batches = order[: steps * BATCH_SIZE].reshape(steps, BATCH_SIZE)
             losses = [
-                train_step(model, optimizer, (images[rows], labels[rows]), mirror_key)
-                for rows in batches
+                train_step(model, optimizer, (images[rows], labels[rows]), key) for rows in batches
             ]
             # Save params and optimizer state, not the evaluated iterate: training needs these.
             manager.save(epoch + 1, args=ocp.args.StandardSave(nnx.state((model, optimizer))))

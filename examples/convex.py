@@ -69,28 +69,21 @@ def gap_curve(
     return np.asarray(values / problem.objective(problem.solution) - 1)
 
 
-def save_plot(path: Path, curves: dict[str, dict[str, np.ndarray]]) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, title in zip(figure.subplots(1, 2), curves, strict=True):
-        for name, curve in curves[title].items():
-            axes.loglog(np.arange(1, len(curve) + 1), np.maximum(curve, 1e-15), label=name)
-        axes.set(title=title, xlabel="gradients", ylabel="relative gap", ylim=(1e-12, None))
-        axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def main(argv: list[str] | None = None) -> dict[str, dict[str, np.ndarray]]:
+def main(argv: list[str] | None = None) -> dict[tuple[str, str], np.ndarray]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=15_000, help="most gradients of a method")
-    parser.add_argument("--plot", type=Path, help="where to save the gaps, as .png, .pdf or .svg")
+    parser.add_argument("--plot", type=Path, help="file for a plot of the gaps, such as gaps.png")
     options = parser.parse_args(argv)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    if options.plot and options.plot.suffix[1:] not in figure.canvas.get_supported_filetypes():
+        parser.error(f"--plot must end with .png, .pdf or .svg, got {options.plot}")
 
     jax.config.update("jax_enable_x64", True)
     problems = {"lasso": lasso(), "logistic regression": logistic_regression()}
     curves = {}
-    for title, problem in problems.items():
+    for (title, problem), axes in zip(problems.items(), figure.subplots(1, 2), strict=True):
         start = jnp.zeros_like(problem.solution)
         step = proximal.prox_step(problem.prox, 1 / nag_jax.largest_curvature(problem.loss, start))
         methods = {
@@ -100,16 +93,21 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, np.ndarray]]:
             "FISTA, restarted": optax.chain(step, accelerate(rules.fista(), restart.gradient)),
             "backtracking": nag_jax.backtracking(problem.prox),
         }
-        print(f"{title}: gradients until the relative gap is at most 1e-3, 1e-6, 1e-9")
-        curves[title] = {name: gap_curve(problem, m, options.steps) for name, m in methods.items()}
-        for name, curve in curves[title].items():
+        print(f"{title}: gradients until the relative gap is at most 1e-3, 1e-6 and 1e-9")
+        for name, optimizer in methods.items():
+            curve = curves[title, name] = gap_curve(problem, optimizer, options.steps)
+            axes.loglog(np.arange(1, len(curve) + 1), np.maximum(curve, 1e-15), label=name)
             counts = [np.flatnonzero(curve <= gap)[:1] + 1 for gap in (1e-3, 1e-6, 1e-9)]
             print(f"  {name:16}", *(f"{n[0] if n.size else '-':>6}" for n in counts))
+        axes.set(title=title, xlabel="gradients", ylabel="relative gap", ylim=(1e-12, None))
+        axes.legend()
         result = nag_jax.minimize(problem.loss, start, prox=problem.prox)
         gap = problem.objective(result.params) / problem.objective(problem.solution) - 1
-        print(f"  minimize: converged after {result.steps} gradients, relative gap {gap:.1e}")
+        reason = nag_jax.Reason(int(result.reason)).name
+        print(f"  minimize: {reason} after {result.steps} gradients, relative gap {gap:.1e}")
     if options.plot:
-        save_plot(options.plot, curves)
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.plot, dpi=120)
     return curves
 
 
