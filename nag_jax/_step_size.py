@@ -27,40 +27,64 @@ def within(lr: jax.Array) -> jax.Array:
 
 def search(
     test: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    lr: jax.Array,
+    start: jax.Array,
     *,
     up: jax.Array,
     blind: jax.Array,
     floor: jax.Array,
-    shrink: float,
+    shrink: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The learning rate tried last, what ``test`` says of it, and the number of trials.
 
     ``test(lr)`` says whether the step is short enough, and whether that can be told at all. Where
     ``up`` is set it looks for the longest one, and goes on where nothing can be told if ``blind``;
     steps that are too long become shorter as long as they stay above ``floor``.
+
+    The result is start * shrink^power for a whole power, and has the derivative of that.
     """
+    factor = jax.lax.stop_gradient(jnp.asarray(shrink, start.dtype))
 
     def body(carry: Any) -> Any:
-        lr, _, _, up, _, n = carry
-        lr = jnp.where(n == 0, lr, within(jnp.where(up, lr / shrink, lr * shrink)))
+        lr, power, _, _, up, _, n = carry
+        again = (n > 0).astype(jnp.int32)
+        power += jnp.where(up, -again, again)
+        lr = jnp.where(n == 0, lr, within(jnp.where(up, lr / factor, lr * factor)))
         ok, telling = test(lr)
         # Once a longer step has failed, the last but one, which was short enough, ends it.
-        return lr, ok, telling, up & ok & (telling | blind), ~ok & (lr * shrink >= floor), n + 1
+        up, down = up & ok & (telling | blind), ~ok & (lr * factor >= floor)
+        return lr, power, ok, telling, up, down, n + 1
 
     def going(carry: Any) -> Any:
-        _, _, _, up, down, n = carry
+        *_, up, down, n = carry
         return (n == 0) | ((up | down) & (n < _SEARCHES))
 
-    no = jnp.asarray(False)
-    carry = (lr, no, no, up, no, jnp.zeros([], jnp.int32))
+    no, zero = jnp.asarray(False), jnp.zeros([], jnp.int32)
+    carry = (jax.lax.stop_gradient(start), zero, no, no, up, no, zero)
     # Outside of jit a compiled loop would be compiled anew at each call.
     while not _traced(carry) and going(carry):
         carry = body(carry)
     if _traced(carry):
         carry = jax.lax.while_loop(going, body, carry)
-    lr, ok, telling, _, _, n = carry
-    return lr, ok, telling, n
+    lr, power, ok, telling, _, _, n = carry
+    return _found(lr, power, start, jnp.asarray(shrink, start.dtype)), ok, telling, n
+
+
+@jax.custom_jvp
+def _found(lr: jax.Array, power: jax.Array, start: jax.Array, shrink: jax.Array) -> jax.Array:
+    """``lr``, with the derivative of start * shrink^power.
+
+    A ``while_loop`` has no derivative in reverse mode.
+    """
+    del power, start, shrink
+    return lr
+
+
+@_found.defjvp
+def _found_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    _, power, start, shrink = primals
+    _, _, of_start, of_shrink = tangents
+    lr = _found(*primals)
+    return lr, lr * (of_start / start + power.astype(lr.dtype) * of_shrink / shrink)
 
 
 def _traced(tree: Any) -> bool:

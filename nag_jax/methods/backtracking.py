@@ -179,8 +179,11 @@ def backtracking(
         value = given_scalar("value", value).astype(real)
         rounding = _ROUNDING * _rounding(value, g, trained(params, state.m), dot)
 
+        fixed = jax.lax.stop_gradient((g, params, value, rounding))
+
         def test(lr: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Whether the step is short enough, and whether that can be told at all."""
+            g, params, value, rounding = fixed
             u = _step(g, params, prox, lr)
             model = dot(u, map_gradients(lambda u: u / real_like(2 * lr, u), u))
             after = given_scalar("what value_fn returns", value_fn(_moved(params, u))).astype(real)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 _TINY = 1e-37  # a block of a smaller scale is stored as 0: its reciprocal might overflow
 
@@ -101,7 +102,7 @@ def _largest(x: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
     # Order is that of the bits, also for NaN. XLA on CPU reduces integers several times faster,
     # and keeps what they are made of out of memory only where a reduction starts from slices.
     magnitude = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
-    split = magnitude.reshape(_split(x.shape, blocks))
+    split = _reshaped(magnitude, _split(x.shape, blocks), _split_spec(magnitude))
     slices = _divisor(split.shape[-1], _SLICES) if x.ndim else 1
     folded = functools.reduce(jnp.maximum, jnp.split(split, slices, -1)) if slices > 1 else split
     largest = jnp.max(folded, axis=tuple(range(1, 2 * x.ndim, 2)))
@@ -111,9 +112,29 @@ def _largest(x: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
 def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The scale of its block for each element."""
     split = jnp.expand_dims(scales, tuple(range(1, 2 * len(shape), 2)))
-    return jnp.broadcast_to(split, _split(shape, scales.shape)).reshape(shape)
+    spread = jnp.broadcast_to(split, _split(shape, scales.shape))
+    return _reshaped(spread, shape, explicit_spec(scales))
 
 
 def _split(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for total, count in zip(shape, blocks, strict=True)
                  for n in (count, total // count))  # fmt: skip
+
+
+def explicit_spec(x: jax.Array) -> tuple[Any, ...]:
+    """The Explicit mesh axes over which each axis of ``x`` is split, None where there are none."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def _split_spec(x: jax.Array) -> tuple[Any, ...]:
+    """For the shape of :func:`_split`: the blocks are split over devices, not what is inside."""
+    return tuple(axes for name in explicit_spec(x) for axes in (name, None))
+
+
+def _reshaped(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
+    """JAX cannot tell how the result is split over Explicit axes, so it is told."""
+    if not any(spec):
+        return x.reshape(shape)
+    sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
+    return jax.lax.reshape(x, shape, out_sharding=sharding)
