@@ -202,7 +202,7 @@ def _run(
         return _Loop(
             params=keep(new, p),
             state=keep(state, loop.state),
-            error=error,
+            error=error.astype(loop.error.dtype),  # a projection may have widened it
             steps=loop.steps + 1,
             small=jnp.where(small, loop.small + 1, 0),
             finite=finite,

@@ -179,14 +179,15 @@ def backtracking(
         value = given_scalar("value", value).astype(real)
         rounding = _ROUNDING * _rounding(value, g, trained(params, state.m), dot)
 
-        fixed = jax.lax.stop_gradient((g, params, value, rounding))
+        constants = jax.lax.stop_gradient((g, trained(params, state.m), value, rounding))
 
         def test(lr: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Whether the step is short enough, and whether that can be told at all."""
-            g, params, value, rounding = fixed
-            u = _step(g, params, prox, lr)
+            g, tuned, value, rounding = constants
+            u = _step(g, tuned, prox, lr)
             model = dot(u, map_gradients(lambda u: u / real_like(2 * lr, u), u))
-            after = given_scalar("what value_fn returns", value_fn(_moved(params, u))).astype(real)
+            after = value_fn(_moved(filled(tuned, params), u))
+            after = given_scalar("what value_fn returns", after).astype(real)
             telling = model > _TELLING * rounding
             short = after <= value + dot(g, u) + model + rounding
             return (short | ~telling) & jnp.isfinite(after), telling
