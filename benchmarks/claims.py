@@ -194,6 +194,34 @@ def scaling() -> dict[str, bool]:
     }
 
 
+def certificates() -> dict[str, bool]:
+    rows = read("certificates")["rows"]
+    of = lambda name: [row for row in rows if row["method"].startswith(f"`{name}")]
+    exact = lambda row: np.array(row["exact"][: len(of("monotone_fista")[0]["exact"])])
+    kept = lambda row: max(row["ratios"]) < 1
+    (restarted,) = (row for row in rows if "restarted" in row["method"])
+    fista, fista_with_prox = of("rules.fista()")[0], of("fista(1/L, prox)")[0]
+    strong, tmm = of("rules.strongly_convex(q)"), of("rules.tmm(q)")
+    return {
+        "No exact worst case is above its bound": all(max(r["ratios"]) < 1 + 1e-5 for r in rows),
+        "every bound that is said to be attained is": all(
+            np.allclose(row["ratios"], 1, rtol=1e-5) for row in rows if row["attained"]
+        ),
+        "after ten steps the worst case is about a fifth of it": all(
+            0.17 < row["ratios"][9] < 0.23 for row in strong
+        ),
+        "`monotone_fista` has the worst case of FISTA": np.allclose(
+            exact(of("monotone_fista")[0]), exact(fista_with_prox), rtol=1e-5
+        ),
+        "keeps FISTA's bound over the steps between two restarts": kept(restarted),
+        "although the gap is up to a seventh larger than without it": (
+            1 < max(np.divide(restarted["exact"], fista["exact"])) < 1 + 1 / 7
+        ),
+        "The bound of `rules.tmm` also holds at the gradient step from params": kept(tmm[1]),
+        "there the worst case is smaller": max(np.divide(tmm[1]["exact"], tmm[0]["exact"])) < 1,
+    }
+
+
 def speedup() -> dict[str, bool]:
     return claims.conclusions(report.load(claims.FOLDER))
 
@@ -237,5 +265,6 @@ CONCLUSIONS = [
     Conclusions(ROOT / "examples" / "trainer" / "README.md", trainer),
     Conclusions(DOCS / "does_it_help.md", speedup),
     Conclusions(DOCS / "step_sizes.md", on_step_sizes_page),
+    Conclusions(DOCS / "proved.md", certificates),
     *(Conclusions(PAGE, phrases) for phrases in ON_BENCHMARKS),
 ]
