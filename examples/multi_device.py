@@ -5,8 +5,8 @@
 It runs on all GPUs or TPU cores, or on 8 virtual devices where there is only a CPU.
 """
 
-import argparse
 import os
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 # Before jax is imported. With fewer threads, virtual devices may wait for each other forever.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -72,7 +72,7 @@ def train_on_all(
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
