@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, root, real_like
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like, root
 from nag_jax._checks import check_prox, check_range, given_params
 
 Prox = Callable[[Any, Any], Any]
