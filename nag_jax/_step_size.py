@@ -32,7 +32,7 @@ def search(
     up: jax.Array,
     blind: jax.Array,
     floor: jax.Array,
-    shrink: Any,
+    shrink: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The learning rate tried last, what ``test`` says of it, and the number of trials.
 
@@ -42,7 +42,7 @@ def search(
 
     The result is start * shrink^power for a whole power, and has the derivative of that.
     """
-    factor = jax.lax.stop_gradient(jnp.asarray(shrink, start.dtype))
+    factor = jax.lax.stop_gradient(shrink)
 
     def body(carry: Any) -> Any:
         lr, power, _, _, up, _, n = carry
@@ -67,7 +67,7 @@ def search(
         carry = jax.lax.while_loop(going, body, carry)
     lr, power, ok, telling, _, _, n = carry
     # A while_loop has no derivative in reverse mode. The two ratios are 1.
-    lr *= _one(start) * _one(jnp.asarray(shrink, start.dtype)) ** power.astype(start.dtype)
+    lr *= _one(start) * _one(shrink) ** power.astype(start.dtype)
     return lr, ok, telling, n
 
 

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from nag_jax import _restarting, _storage
 from nag_jax._arithmetic import as_arrays, cast_like, cast_tree, map_gradients, mix
-from nag_jax._rule import Rule
+from nag_jax._rule import Rule, scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
 _STEPS_AHEAD = 20_000  # how far a scheduled momentum is looked at for that
@@ -130,7 +130,7 @@ def accelerate(
             updates,
             _storage.read(m, memory),
         )
-        readout = jnp.asarray(c.readout, state.readout.dtype)
+        readout = jnp.asarray(scalar(c.readout), state.readout.dtype)
         return updates, AccelerateState(
             m=m, carry=carry, readout=readout, restart=seen, storage=memory
         )

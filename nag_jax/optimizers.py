@@ -8,7 +8,7 @@ import optax
 
 from nag_jax import rules
 from nag_jax._checks import check_choice, check_range
-from nag_jax._rule import check_momentum
+from nag_jax._rule import check_momentum, scalar
 from nag_jax.kernel import AccelerateState, accelerate
 
 
@@ -173,8 +173,9 @@ def nag_then_sgd(
     check_momentum(momentum)
     check_range("switch_step", switch_step, 0, static=True)
     check_range("transition_steps", transition_steps, 0, switch_step + 1, static=True)
-    effective = learning_rate / (1 - momentum)
-    target = effective if sgd_learning_rate is None else sgd_learning_rate
+    momentum = scalar(momentum)
+    effective = scalar(learning_rate) / (1 - momentum)
+    target = effective if sgd_learning_rate is None else scalar(sgd_learning_rate)
     check_range("sgd_learning_rate", target, 0.0)
     length = max(transition_steps, 1)  # of an array, too, whose size no step under jit could tell
 

@@ -16,7 +16,7 @@ from nag_jax._checks import check_range
 from nag_jax._rule import Coefficients as Coefficients
 from nag_jax._rule import Rule as Rule
 from nag_jax._rule import Scalar as Scalar
-from nag_jax._rule import at_step, check_conditioning, check_momentum, first_step
+from nag_jax._rule import at_step, check_conditioning, check_momentum, first_step, scalar
 from nag_jax._rule import constant as constant
 from nag_jax.rules_optimal import item as item
 from nag_jax.rules_optimal import lessard as lessard
@@ -113,7 +113,7 @@ def trace(
     def step(k: Any) -> tuple[Any, Coefficients]:
         mu = at_step(momentum, k)
         # The int32 step is what optax.scale_by_learning_rate gives the same schedule.
-        lr = jnp.asarray(learning_rate(k), float) if callable(learning_rate) else learning_rate
+        lr = scalar(learning_rate(k) if callable(learning_rate) else learning_rate)
         coefficients = Coefficients(beta=mu, kappa=1.0, lookahead=mu, readout=lr * mu)
         return optax.safe_increment(k), coefficients
 
@@ -194,7 +194,7 @@ def chambolle_dossal(a: float = 3.0) -> Rule:
     check_range("a", a, 2.0)
 
     def step(k: Any) -> tuple[Any, Coefficients]:
-        mu = jnp.asarray(k, float) / (jnp.asarray(k, float) + (1 + a))
+        mu = jnp.asarray(k, float) / (jnp.asarray(k, float) + (1 + scalar(a)))
         return optax.safe_increment(k), Coefficients(beta=mu, kappa=mu)
 
     return Rule(first_step, step)

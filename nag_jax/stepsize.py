@@ -20,6 +20,7 @@ from nag_jax._arithmetic import (
     wide,
 )
 from nag_jax._checks import check_prox, check_range, given_scalar
+from nag_jax._rule import scalar
 from nag_jax._step_size import guess, search, within
 from nag_jax.kernel import AccelerateState
 from nag_jax.proximal import Prox
@@ -157,6 +158,9 @@ def backtracking(
         state = as_arrays(state)
         g, carry = updates, state.carry
         real = carry.learning_rate.dtype
+        at_first, later, shorter = (
+            jnp.asarray(scalar(factor), real) for factor in (grow_at_first, grow, shrink)
+        )
         dot = lambda a, b: _restarting.inner_product(a, b, axis_name).astype(real)
         value = given_scalar("value", value).astype(real)
         rounding = _ROUNDING * _rounding(value, g, params, dot)
@@ -183,12 +187,12 @@ def backtracking(
         mass = carry.t * (carry.t - 1) * carry.learning_rate
         t = _corrected(mass, start)
         floor = jnp.where(still, 0, start * (t - 1) / t)
-        lr, ok, telling, n = search(test, start, up=still, blind=first, floor=floor, shrink=shrink)
+        lr, ok, telling, n = search(test, start, up=still, blind=first, floor=floor, shrink=shorter)
         u = _step(g, params, prox, lr)
         t = jnp.where(still, _corrected(mass, lr), t)
 
-        factor = jnp.where(carry.retries == 0, grow_at_first, grow)
-        new_lr = within(lr * jnp.where(ok, jnp.where(telling, factor, 1), shrink))
+        factor = jnp.where(carry.retries == 0, at_first, later)
+        new_lr = within(lr * jnp.where(ok, jnp.where(telling, factor, 1), shorter))
         fire, memory = jnp.asarray(False), state.restart
         if restart is not None:
             fire, memory = _restarting.decide(restart, memory, u, state.m, axis_name, value)

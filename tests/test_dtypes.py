@@ -336,7 +336,8 @@ def test_training_with_parameters_split_over_explicit_axes():
 
 
 def test_blocks_that_would_cross_devices_are_refused():
-    mesh = jax.make_mesh((3, 2), ("data", "model"), devices=jax.devices()[:6])
+    kinds, devices = (jax.sharding.AxisType.Explicit,) * 2, jax.devices()[:6]
+    mesh = jax.make_mesh((3, 2), ("data", "model"), kinds, devices=devices)
     params = jax.device_put(jnp.ones((9, 8)), NamedSharding(mesh, P("data", "model")))
     with pytest.raises(ValueError, match=r"\[3, 2\] along .* got 8; pass int8_blocks\(shards=24\)"):
         nag_jax.nag(0.1, accumulator_dtype=nag_jax.int8_blocks(min_size=1)).init(params)

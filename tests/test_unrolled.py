@@ -242,5 +242,7 @@ def test_second_derivatives_through_backtracking():
 
     z = np.array([3.0, 1.0, 0.2, 5.0, 0.55])
     assert_derivative(run, z)
+    if jax.__version_info__ < (0, 8):
+        pytest.skip("JAX 0.7 fails in a while_loop that closes over what is differentiated twice")
     slope = np.array([1.0, -1.0, 0.5, 0.3, 0.2])
     assert_derivative(lambda z: slope @ jax.grad(run)(z), z)
