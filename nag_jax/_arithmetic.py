@@ -53,7 +53,7 @@ def mix(a: Any, x: Any, b: Any, y: Any) -> jax.Array:
 
 
 def as_arrays(state: Any) -> Any:
-    """``state`` with JAX arrays as leaves; NumPy scalars, as in a checkpoint, promote otherwise."""
+    """``state`` with its leaves as JAX arrays: NumPy scalars would be rounded differently."""
     return jax.tree.map(jnp.asarray, state)
 
 
@@ -76,7 +76,9 @@ def root(x: jax.Array) -> jax.Array:
 
 @root.defjvp
 def _root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    y = root(*primals)
+    # Not root itself: forward over reverse mode through a scan, JAX before 0.12 forgets its rule.
+    zero = primals[0] == 0
+    y = jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, primals[0])))
     return y, ratio(tangents[0], 2 * y)
 
 

@@ -10,7 +10,7 @@ from nag_jax import rules
 from nag_jax._checks import check_choice, check_mask, check_range, given_params
 from nag_jax._descent import at_count, scaled
 from nag_jax.kernel import AccelerateState, BeforeLearningRateState, accelerate
-from nag_jax.rules.rule import check_momentum
+from nag_jax.rules.rule import check_momentum, scalar
 
 
 def nag(
@@ -190,8 +190,9 @@ def nag_then_sgd(
     check_momentum(momentum)
     check_range("switch_step", switch_step, 0, static=True)
     check_range("transition_steps", transition_steps, 0, switch_step + 1, static=True)
-    effective = learning_rate / (1 - momentum)
-    target = effective if sgd_learning_rate is None else sgd_learning_rate
+    momentum = scalar(momentum)
+    effective = scalar(learning_rate) / (1 - momentum)
+    target = effective if sgd_learning_rate is None else scalar(sgd_learning_rate)
     check_range("sgd_learning_rate", target, 0.0)
     length = max(transition_steps, 1)  # of an array, too, whose size no step under jit could tell
 
