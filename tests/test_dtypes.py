@@ -131,6 +131,36 @@ def test_strict_promotion(make, dtype, request):
     assert types(evaluated) == types(params)
 
 
+INJECTED = {
+    nag_jax.nag: dict(learning_rate=0.1, momentum=0.9),
+    nag_jax.tmm: dict(learning_rate=0.1, q=0.1),
+    nag_jax.backtracking: dict(grow=1.1, shrink=0.5),
+    lambda lr, mu: nag_jax.nag_then_sgd(lr, mu, switch_step=3): dict(lr=0.1, mu=0.5),
+    lambda a: nag_jax.nag(0.1, schedules.convex(a)): dict(a=3.0),
+    lambda top: nag_jax.nag(0.1, schedules.sutskever(top)): dict(top=0.9),
+    lambda q: accelerated(lambda: rules.item(q)): dict(q=0.1),
+    lambda mu, nu: accelerated(lambda: rules.gpa(mu, nu)): dict(mu=0.9, nu=0.5),
+    lambda a: accelerated(lambda: rules.chambolle_dossal(a)): dict(a=3.0),
+    lambda q, r: accelerated(lambda: rules.robust_momentum(q, r)): dict(q=0.1, r=0.5),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
+@pytest.mark.parametrize(("factory", "hyperparams"), INJECTED.items())
+def test_injected_hyperparameters_under_strict_promotion(factory, hyperparams, dtype):
+    """They have the dtype of params."""
+    injected = ("prox", "restart", "initial", "axis_name", "grow_at_first")
+    static = injected if factory is nag_jax.backtracking else ()
+
+    def run(params):
+        optimizer = optax.inject_hyperparams(factory, static_args=static)(**hyperparams)
+        return nag_jax.eval_params(*step_of(optimizer)(params, optimizer.init(params)))
+
+    params = example_params(dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        assert types(jax.eval_shape(run, params)) == types(params)
+
+
 @pytest.mark.parametrize("step", [0, 7, np.int64(7), jnp.int32(7), jnp.uint32(7)])
 def test_schedules_under_strict_promotion(step):
     expected = {
