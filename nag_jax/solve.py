@@ -123,7 +123,8 @@ def minimize(
         run, data = hoisted(run, params)
         x, error, steps, reason = run(*jax.lax.stop_gradient((data, params)))
         if implicit_diff:
-            x = with_derivatives(x, lambda p: _gradient(value)(p)[1], prox)
+            exists = reason != Reason.NOT_FINITE
+            x = with_derivatives(x, lambda p: _gradient(value)(p)[1], prox, exists)
         y = value(x)
         converged = (reason == Reason.TOLERANCE) & jnp.isfinite(y) & jnp.isfinite(norm(x))
         return Result(x, y, error, steps, converged, reason)
@@ -277,7 +278,7 @@ def _floating(params: Any) -> Any:
             x = jnp.asarray(p, float) if number else jnp.asarray(p)
             got = f"{x.dtype}{list(x.shape)}"
         except (TypeError, ValueError, OverflowError):
-            x, got = None, repr(p)
+            x, got = None, f"{p!r:.80}"
         if x is None or not jnp.issubdtype(x.dtype, jnp.inexact):
             raise ValueError(
                 f"params must be floating or complex arrays, or Python numbers, got {got}"
@@ -309,8 +310,9 @@ def _hidden(x: Any, g: Any, prox: Prox, tol: jax.Array) -> jax.Array:
     """Whether rounding of x hides an error above tol, which it does not from a longer step."""
     length, size = norm(x), norm(g)
     step = jnp.where(length > size, length / jnp.where(size > 0, size, 1), 1)
-    rounded = jnp.finfo(length.dtype).eps * length > tol
-    return rounded & (_error(x, g, prox, jnp.minimum(step, _limit(step))) > 10 * tol)
+    eps = jnp.finfo(length.dtype).eps
+    error = _error(x, g, prox, jnp.minimum(step, _limit(step)))
+    return (eps * length > tol) & (error > jnp.maximum(10 * tol, 100 * eps * size))
 
 
 def _descended(p: Any, g: Any, step: Any) -> Any:
@@ -319,7 +321,8 @@ def _descended(p: Any, g: Any, step: Any) -> Any:
 
 
 def _minus(a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda a, b: wide(a) - wide(b), a, b)
+    """``a - b``, in float32 at least; b may come from a prox that widens it."""
+    return jax.tree.map(lambda a, b: wide(a) - b.astype(wide(a).dtype), a, b)
 
 
 def _limit(x: jax.Array) -> float:
