@@ -171,10 +171,21 @@ def _pseudo_inverse(
     if n <= _SMALL:
         return size * dense(None)[0]
     steps = 2 * n if n <= _DENSE else _STEPS
-    x, _ = jax.scipy.sparse.linalg.cg(product, unit, tol=precision**0.75, maxiter=steps)
-    solved = norm(unit - product(x)) <= precision**0.4
-    if n <= _DENSE:  # a loop, not a cond: under vmap it runs only where something is not solved
-        x, solved = jax.lax.while_loop(lambda loop: ~loop[1], dense, (x, solved))
+    cg = lambda b: jax.scipy.sparse.linalg.cg(product, b, tol=precision**0.75, maxiter=steps)[0]
+    x, small = cg(unit), precision**0.4
+    solved = norm(unit - product(x)) <= small
+
+    def projected(_: Any) -> tuple[jax.Array, jax.Array]:
+        # A^+ A takes out what is not in the range, first of b, in the end what rounding left in x.
+        image = product(unit)
+        x = cg(product(cg(cg(image))))
+        solved = norm(image - product(product(x))) <= small * norm(image)
+        return jnp.where(solved, x, jnp.nan), jnp.asarray(True)
+
+    # Loops, not conds: under vmap they run only where something is not solved.
+    if n <= _DENSE or not strict:
+        again = dense if n <= _DENSE else projected
+        x, solved = jax.lax.while_loop(lambda loop: ~loop[1], again, (x, solved))
     return size * jnp.where(solved, x, jnp.nan)
 
 

@@ -17,7 +17,7 @@ from nag_jax.proximal import Prox
 from nag_jax.stepsize import backtracking
 
 _PATIENCE = 10  # steps in a row that must be too small: a warm-up and a restart make single ones
-_TRIALS = 30  # of the last proximal step
+_ROUNDING = 8  # of an iterate, in units of the precision of params
 _MOST_STEPS = 2**31 - 1  # counted in int32
 
 
@@ -48,6 +48,7 @@ class _Loop(NamedTuple):
     steps: jax.Array
     small: jax.Array  # steps in a row that were too small
     finite: jax.Array
+    last: Any  # with a prox: what it returned, or how large params were, if that is all there is
 
 
 def minimize(
@@ -183,7 +184,15 @@ def _run(
     fun: Any, params: Any, optimizer: Any, prox: Any, tol: jax.Array, max_steps: jax.Array
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
     """The params found, error, steps, reason."""
-    tx = optax.with_extra_args_support(backtracking(prox) if optimizer is None else optimizer)
+    outputs = []
+
+    def recording(tree: Any, step: Any) -> Any:
+        outputs.append(prox(tree, step))
+        return outputs[-1]
+
+    exact = optimizer is None and prox is not None
+    tx = backtracking(recording if exact else None) if optimizer is None else optimizer
+    tx = optax.with_extra_args_support(tx)
 
     def going(loop: _Loop) -> jax.Array:
         stop = (loop.error <= tol) | (loop.steps >= max_steps) | (loop.small >= _PATIENCE)
@@ -200,61 +209,56 @@ def _run(
         finite = jnp.isfinite(error) & (moved < _limit(moved))
         finite = finite & (jnp.isfinite(value) | (error <= tol))
         keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(finite, x, y), a, b)
+        new, state, last = keep(new, p), keep(state, loop.state), loop.last
+        if exact:  # the last call of its prox makes the step, if that is taken
+            taken = state.carry.accepted > loop.state.carry.accepted
+            last = jax.tree.map(
+                lambda x, z: jnp.where(taken, z.astype(x.dtype), x), last, outputs[-1]
+            )
+        elif prox is not None:
+            last = jax.tree.map(lambda size, p: jnp.maximum(jnp.abs(p), size / 2), last, new)
         return _Loop(
-            params=keep(new, p),
-            state=keep(state, loop.state),
+            params=new,
+            state=state,
             error=error,
             steps=loop.steps + 1,
             small=jnp.where(small, loop.small + 1, 0),
             finite=finite,
+            last=last,
         )
 
     zero = jnp.zeros([], jnp.int32)
     infinite = jnp.full_like(norm(params), jnp.inf)
-    loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True))
-    loop = jax.lax.while_loop(going, body, loop)
-    x, met = _evaluated(loop), loop.error <= tol
-    small = loop.small >= _PATIENCE
+    last = ()
     if prox is not None:
-        gradient = lambda p: _gradient(fun)(p)[1]
-        g = gradient(x)
-        hidden = met & _hidden(x, g, prox, tol)
-        x, met, small = _proximal(x, g, gradient, prox), met & ~hidden, small | hidden
+        last = _projected(params, prox) if exact else jax.tree.map(jnp.abs, params)
+    loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True), last)
+    loop = jax.lax.while_loop(going, body, loop)
+    x, met, small = _evaluated(loop), loop.error <= tol, loop.small >= _PATIENCE
+    if prox is not None:
+        x = loop.last if exact else _settled(x, loop.last, prox)
+        hidden = met & _hidden(x, _gradient(fun)(x)[1], prox, tol)
+        met, small = met & ~hidden, small | hidden
     reason = jnp.where(small, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
     reason = jnp.where(met, Reason.TOLERANCE, reason)
     reason = jnp.where(loop.finite, reason, Reason.NOT_FINITE).astype(jnp.int32)
     return x, loop.error, loop.steps, reason
 
 
-def _proximal(x: Any, g: Any, gradient: Callable[[Any], Any], prox: Prox) -> Any:
-    """prox(x - s*gradient) for a step s that is short enough for descent where fun is convex.
+def _settled(x: Any, sizes: Any, prox: Prox) -> Any:
+    """``x``, a sum of params and a buffer, sparse and feasible in spite of their rounding."""
 
-    So it is exactly sparse or feasible, which x, a sum of params and a buffer, is up to rounding.
-    """
-    g = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), g)
+    def cleared(x: jax.Array, size: jax.Array) -> jax.Array:
+        return jnp.where(jnp.abs(x) <= _ROUNDING * float(jnp.finfo(x.dtype).eps) * size, 0, x)
 
-    def moved(step: jax.Array) -> Any:
-        z = prox(_descended(x, g, step), step)
-        return jax.tree.map(lambda x, z: z.astype(x.dtype), x, z)
+    return _projected(jax.tree.map(cleared, x, sizes), prox)
 
-    def body(loop: Any) -> Any:
-        step, _, trials = loop
-        z = moved(step)
-        u, bend = (_minus(*pair) for pair in ((z, x), (gradient(z), g)))
-        length = jnp.where(norm(u) > 0, norm(u), 1)
-        unit = jax.tree.map(lambda u: u / real_like(length, u), u)
-        dots = jax.tree.map(lambda a, b: jnp.sum((jnp.conj(a) * b).real), unit, bend)
-        curvature = sum(jax.tree.leaves(dots), jnp.zeros_like(length)) / length
-        shorter = jnp.minimum(step / 2, 1 / (2 * curvature))
-        shorter = jnp.where(jnp.isfinite(shorter) & (shorter > 0), shorter, step / 1024)
-        short = step * curvature <= 1
-        return jnp.where(short, step, shorter), short, trials + 1
 
-    going = lambda loop: ~loop[1] & (loop[2] < _TRIALS)
-    step = norm(x) / norm(g)
-    step = jnp.where(jnp.isfinite(step) & (step > 0), step, 1)
-    start = step, jnp.asarray(False), jnp.zeros([], jnp.int32)
-    return moved(jax.lax.while_loop(going, body, start)[0])
+def _projected(x: Any, prox: Prox) -> Any:
+    """The prox with a step as good as 0: it projects, and a penalty changes nothing."""
+    step = jnp.full_like(norm(x), jnp.finfo(norm(x).dtype).tiny)
+    z = prox(jax.tree.map(wide, x), step)
+    return jax.tree.map(lambda x, z: z.astype(x.dtype), x, z)
 
 
 def _scalar(fun: Callable[[Any], Any]) -> Callable[[Any], jax.Array]:
@@ -336,5 +340,9 @@ def _evaluated(loop: _Loop) -> Any:
 
 def _rounding(params: Any) -> float:
     """Relative size of a step too small to matter; below float32 one that moves nothing at all."""
-    eps = max((float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params)), default=0.0)
-    return eps if eps < 1e-5 else 0.0
+    return _eps(params) if _eps(params) < 1e-5 else 0.0
+
+
+def _eps(params: Any) -> float:
+    """Of the narrowest leaf; 0 without leaves."""
+    return max((float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params)), default=0.0)
