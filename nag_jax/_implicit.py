@@ -40,7 +40,10 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
 
 
 def with_derivatives(
-    x: Any, gradient: Callable[[Any], Any], prox: Callable[[Any, Any], Any] | None
+    x: Any,
+    gradient: Callable[[Any], Any],
+    prox: Callable[[Any, Any], Any] | None,
+    exists: jax.Array,
 ) -> Any:
     """``x``, with derivatives in all that ``gradient`` and ``prox`` close over.
 
@@ -48,6 +51,7 @@ def with_derivatives(
       x: the solution, a tree of floating or complex arrays.
       gradient: from trees like x to the real gradient, complex where x is.
       prox: ``(tree, step) -> tree``; None: x is a root of the gradient.
+      exists: whether x is a solution; if not, derivatives are NaN.
     """
     v, like = _reals(x), jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), x)
     if not v:
@@ -56,20 +60,21 @@ def with_derivatives(
     gradient_of, g_data = hoisted(lambda v: _reals(gradient(_like(like, v, narrow=True))), v)
     prox_of, p_data = None, []
     if prox is not None:
-        prox_of, p_data = hoisted(lambda z, s: _reals(prox(_like(like, z), s)), v, 1.0)
+        cast = lambda z, v: [a.astype(b.dtype) for a, b in zip(z, v, strict=True)]
+        prox_of, p_data = hoisted(lambda z, s: cast(_reals(prox(_like(like, z), s)), z), v, norm(v))
     solve = functools.partial(_solve, precision=precision)
 
     @jax.custom_jvp
-    def solution(v: Reals, g_data: list[Any], p_data: list[Any]) -> Reals:
-        del g_data, p_data
+    def solution(v: Reals, exists: jax.Array, g_data: list[Any], p_data: list[Any]) -> Reals:
+        del exists, g_data, p_data
         return v
 
     @solution.defjvp
     def tangent(primals: Any, tangents: Any) -> tuple[Reals, Reals]:
-        data = primals[1:]
+        _, exists, *data = primals
         v = solution(*primals)  # which knows, for derivatives of this one, that it depends on data
         floats, moves = [], []
-        for d, t in zip(jax.tree.leaves(data), jax.tree.leaves(tangents[1:]), strict=True):
+        for d, t in zip(jax.tree.leaves(data), jax.tree.leaves(tangents[2:]), strict=True):
             if jnp.issubdtype(d.dtype, jnp.inexact):
                 floats.append(d)
                 moves.append(t)
@@ -83,10 +88,12 @@ def with_derivatives(
         def slope(v: Reals, floats: Any) -> Reals:
             return gradient_of(split(floats)[0], v)
 
+        # A factor, since that is NaN in the transposed direction, too.
+        valid = lambda v: [x * jnp.where(exists, 1, jnp.nan).astype(x.dtype) for x in v]
         hessian = jax.linearize(lambda v: slope(v, floats), v)[1]
         if prox_of is None:
             change = jax.jvp(lambda floats: slope(v, floats), (floats,), (moves,))[1]
-            return v, solve(hessian, [-x for x in change])
+            return v, valid(solve(hessian, [-x for x in change]))
 
         # With H the Hessian, a step s of about 1/|H|, and P the derivative of the prox at its point
         # z = v - s*gradient,
@@ -105,9 +112,9 @@ def with_derivatives(
             return _add(_add(pw, -1, p(pw)), step, p(hessian(pw)))
 
         w = solve(matrix, p(_add(change, -step, hessian(change))))
-        return v, _add(change, 1, p(w))
+        return v, valid(_add(change, 1, p(w)))
 
-    return _like(like, solution(v, g_data, p_data), narrow=True)
+    return _like(like, solution(v, exists, g_data, p_data), narrow=True)
 
 
 def _step(hessian: Callable[[Reals], Reals], v: Reals) -> jax.Array:
@@ -164,10 +171,21 @@ def _pseudo_inverse(
     if n <= _SMALL:
         return size * dense(None)[0]
     steps = 2 * n if n <= _DENSE else _STEPS
-    x, _ = jax.scipy.sparse.linalg.cg(product, unit, tol=precision**0.75, maxiter=steps)
-    solved = norm(unit - product(x)) <= precision**0.4
-    if n <= _DENSE:  # a loop, not a cond: under vmap it runs only where something is not solved
-        x, solved = jax.lax.while_loop(lambda loop: ~loop[1], dense, (x, solved))
+    cg = lambda b: jax.scipy.sparse.linalg.cg(product, b, tol=precision**0.75, maxiter=steps)[0]
+    x, small = cg(unit), precision**0.4
+    solved = norm(unit - product(x)) <= small
+
+    def projected(_: Any) -> tuple[jax.Array, jax.Array]:
+        # A^+ A takes out what is not in the range, first of b, in the end what rounding left in x.
+        image = product(unit)
+        x = cg(product(cg(cg(image))))
+        solved = norm(image - product(product(x))) <= small * norm(image)
+        return jnp.where(solved, x, jnp.nan), jnp.asarray(True)
+
+    # Loops, not conds: under vmap they run only where something is not solved.
+    if n <= _DENSE or not strict:
+        again = dense if n <= _DENSE else projected
+        x, solved = jax.lax.while_loop(lambda loop: ~loop[1], again, (x, solved))
     return size * jnp.where(solved, x, jnp.nan)
 
 

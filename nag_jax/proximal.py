@@ -319,9 +319,8 @@ def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
 def _shrink(z: jax.Array, size: jax.Array, by: Any) -> jax.Array:
     """z with its ``size`` reduced by ``by``, to 0 at most."""
     by, safe = real_like(by, size), jnp.where(size > 0, size, 1)
-    shrunk = z * (jnp.maximum(size - by, 0) / safe)
-    # Where nothing is taken from nothing the derivative is 1, not 0.
-    return jnp.where((size > 0) | (by > 0), shrunk, z)
+    # Where nothing is taken from nothing, the derivative is 1.
+    return z * jnp.where((size > 0) | (by > 0), jnp.maximum(size - by, 0) / safe, 1)
 
 
 def _norm(z: jax.Array, axis: int | tuple[int, ...] | None) -> jax.Array:
