@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.flatten_util import ravel_pytree
 
 from nag_jax._arithmetic import real_like, wide
@@ -34,7 +35,7 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
 
     def with_data(data: list[Any], *arguments: Any) -> Any:
         leaves = jax.tree.leaves(arguments)
-        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(jaxpr, data, *leaves))
+        return jax.tree.unflatten(structure, eval_jaxpr(jaxpr, data, *leaves))
 
     return with_data, closed.consts
 
@@ -56,65 +57,85 @@ def with_derivatives(
     v, like = _reals(x), jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), x)
     if not v:
         return x
-    precision = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(like))
-    gradient_of, g_data = hoisted(lambda v: _reals(gradient(_like(like, v, narrow=True))), v)
-    prox_of, p_data = None, []
-    if prox is not None:
-        cast = lambda z, v: [a.astype(b.dtype) for a, b in zip(z, v, strict=True)]
-        prox_of, p_data = hoisted(lambda z, s: cast(_reals(prox(_like(like, z), s)), z), v, norm(v))
-    solve = functools.partial(_solve, precision=precision)
+    solve = functools.partial(
+        _solve, precision=max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(like))
+    )
+
+    def real_prox(z: Reals, step: jax.Array) -> Reals:
+        after = z if prox is None else _reals(prox(_like(like, z), step))
+        return [a.astype(b.dtype) for a, b in zip(after, z, strict=True)]
+
+    real_gradient = lambda v: _reals(gradient(_like(like, v, narrow=True)))
+    slope, slope_data = hoisted(real_gradient, v)
+    after, after_data = hoisted(real_prox, v, norm(v))
 
     @jax.custom_jvp
-    def solution(v: Reals, exists: jax.Array, g_data: list[Any], p_data: list[Any]) -> Reals:
-        del exists, g_data, p_data
+    def solution(v: Reals, exists: jax.Array, data: Any) -> Reals:
+        del exists, data
         return v
 
-    @solution.defjvp
     def tangent(primals: Any, tangents: Any) -> tuple[Reals, Reals]:
-        _, exists, *data = primals
+        _, exists, data = primals
         v = solution(*primals)  # which knows, for derivatives of this one, that it depends on data
-        floats, moves = [], []
-        for d, t in zip(jax.tree.leaves(data), jax.tree.leaves(tangents[2:]), strict=True):
-            if jnp.issubdtype(d.dtype, jnp.inexact):
-                floats.append(d)
-                moves.append(t)
+        floats, moves, joined = _floats(data, tangents[2])
+        g = lambda v, floats: slope(joined(floats)[0], v)
+        z = lambda z, step, floats: after(joined(floats)[1], z, step)
+        if prox is None:
+            move = _of_root(g, v, floats, moves, solve)
+        else:
+            move = _of_fixed_point(g, z, v, floats, moves, solve)
+        # A factor, which is NaN in the transposed direction, too.
+        return v, [x * jnp.where(exists, 1, jnp.nan).astype(x.dtype) for x in move]
 
-        def split(floats: Any) -> Any:
-            """The data with other floats in their places."""
-            new = iter(floats)
-            choose = lambda d: next(new) if jnp.issubdtype(d.dtype, jnp.inexact) else d
-            return jax.tree.map(choose, data)
+    solution.defjvp(tangent)
+    return _like(like, solution(v, exists, (slope_data, after_data)), narrow=True)
 
-        def slope(v: Reals, floats: Any) -> Reals:
-            return gradient_of(split(floats)[0], v)
 
-        # A factor, since that is NaN in the transposed direction, too.
-        valid = lambda v: [x * jnp.where(exists, 1, jnp.nan).astype(x.dtype) for x in v]
-        hessian = jax.linearize(lambda v: slope(v, floats), v)[1]
-        if prox_of is None:
-            change = jax.jvp(lambda floats: slope(v, floats), (floats,), (moves,))[1]
-            return v, valid(solve(hessian, [-x for x in change]))
+def _of_root(gradient: Any, v: Reals, data: Any, moves: Any, solve: Any) -> Reals:
+    """How v moves with the data: H dv = -change, where change is how the gradient does at v."""
+    change = jax.jvp(lambda data: gradient(v, data), (data,), (moves,))[1]
+    hessian = jax.linearize(lambda v: gradient(v, data), v)[1]
+    return solve(hessian, [-x for x in change])
 
-        # With H the Hessian, a step s of about 1/|H|, and P the derivative of the prox at its point
-        # z = v - s*gradient,
-        #   dv = P (I - sH) dv + change,
-        # where change is how the right side moves while v stays. So dv = change + P w for a w with
-        #   (P - P (I - sH) P) w = P (I - sH) change,
-        # a symmetric system, which is positive semidefinite at a minimum.
-        step = _step(hessian, v)
-        point = lambda floats: _add(v, -step, slope(v, floats))
-        mapped = lambda z, floats: prox_of(split(floats)[1], z, step)
-        change = jax.jvp(lambda f: mapped(point(f), f), (floats,), (moves,))[1]
-        p = jax.linearize(lambda z: mapped(z, floats), point(floats))[1]
 
-        def matrix(w: Reals) -> Reals:
-            pw = p(w)
-            return _add(_add(pw, -1, p(pw)), step, p(hessian(pw)))
+def _of_fixed_point(gradient: Any, prox: Any, v: Reals, data: Any, moves: Any, solve: Any) -> Reals:
+    """How v = prox(v - s*gradient) moves with the data, for a step s of about 1/|H|.
 
-        w = solve(matrix, p(_add(change, -step, hessian(change))))
-        return v, valid(_add(change, 1, p(w)))
+    With H the Hessian, P the derivative of the prox, and change how the right side moves at v,
 
-    return _like(like, solution(v, exists, g_data, p_data), narrow=True)
+        dv = P (I - sH) dv + change,
+
+    so that dv = change + P w for the w of a symmetric system, semidefinite at a minimum,
+
+        (P - P (I - sH) P) w = P (I - sH) change
+    """
+    hessian = jax.linearize(lambda v: gradient(v, data), v)[1]
+    s = _step(hessian, v)
+    point = lambda data: _add(v, -s, gradient(v, data))
+    change = jax.jvp(lambda data: prox(point(data), s, data), (data,), (moves,))[1]
+    p = jax.linearize(lambda z: prox(z, s, data), point(data))[1]
+
+    def matrix(w: Reals) -> Reals:
+        pw = p(w)
+        return _add(_add(pw, -1, p(pw)), s, p(hessian(pw)))
+
+    w = solve(matrix, p(_add(change, -s, hessian(change))))
+    return _add(change, 1, p(w))
+
+
+def _floats(data: Any, moved: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], Any]]:
+    """The leaves that can be differentiated, their tangents, and the data with others instead."""
+    leaves, structure = jax.tree.flatten(data)
+    places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    tangents = jax.tree.leaves(moved)
+
+    def joined(floats: list[Any]) -> Any:
+        new = list(leaves)
+        for i, x in zip(places, floats, strict=True):
+            new[i] = x
+        return jax.tree.unflatten(structure, new)
+
+    return [leaves[i] for i in places], [tangents[i] for i in places], joined
 
 
 def _step(hessian: Callable[[Reals], Reals], v: Reals) -> jax.Array:

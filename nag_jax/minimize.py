@@ -159,6 +159,11 @@ def largest_curvature(fun: Callable[[Any], Any], params: Any, *, max_steps: int 
     3.06
     """
     check_count("max_steps", max_steps)
+    curvature = lambda params: _power_iteration(_scalar(fun), params, max_steps)
+    return compiled(curvature, _floating(params), owner=fun, parts=None, opaque=False)
+
+
+def _power_iteration(fun: Any, params: Any, max_steps: int) -> jax.Array:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
     start = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=False)]
@@ -223,7 +228,7 @@ def _run(
     small = loop.small >= _PATIENCE
     if prox is not None:
         x = _settled(x, loop.sizes, prox)
-        hidden = met & _hidden(x, _gradient(fun)(x)[1], prox, tol)
+        hidden = met & _hidden(x, fun, prox, tol)
         met, small = met & ~hidden, small | hidden
     reason = jnp.where(small, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
     reason = jnp.where(met, Reason.TOLERANCE, reason)
@@ -296,13 +301,18 @@ def _error(p: Any, g: Any, prox: Any, step: Any = 1.0) -> jax.Array:
     return norm(_minus(p, prox(_descended(p, g, step), step))) / step
 
 
-def _hidden(x: Any, g: Any, prox: Prox, tol: jax.Array) -> jax.Array:
-    """Whether rounding of x hides an error above tol, which it does not from a longer step."""
-    length, size = norm(x), norm(g)
-    step = jnp.where(length > size, length / jnp.where(size > 0, size, 1), 1)
+def _hidden(x: Any, fun: Any, prox: Prox, tol: jax.Array) -> jax.Array:
+    """Whether rounding of x hides an error above tol, as a step as long as x tells."""
+    length = norm(x)
     eps = jnp.finfo(length.dtype).eps
-    error = _error(x, g, prox, jnp.minimum(step, _limit(step)))
-    return (eps * length > tol) & (error > jnp.maximum(10 * tol, 100 * eps * size))
+
+    def error_is_larger() -> jax.Array:
+        g = _gradient(fun)(x)[1]
+        size = norm(g)
+        step = jnp.clip(length / jnp.where(size > 0, size, length), 1, _limit(length))
+        return _error(x, g, prox, step) > jnp.maximum(10 * tol, 100 * eps * size)
+
+    return jax.lax.cond(eps * length > tol, error_is_larger, lambda: jnp.asarray(False))
 
 
 def _descended(p: Any, g: Any, step: Any) -> Any:
