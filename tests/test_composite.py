@@ -244,12 +244,12 @@ def test_the_count_of_steps_does_not_wrap(make):
     """After the last step that int32 can count it still is proximal gradient descent."""
     tx, params = make(0.1, L1, horizon=3), jnp.array([1.0, -2.0])
     last = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
-    state = tx.init(params)._replace(carry=last)
+    state = tx.init(params)._replace(steps=last)
     for _ in range(2):
         updates, state = tx.update(jnp.ones(2), state, params)
         np.testing.assert_allclose(updates, [-0.13, -0.07], rtol=1e-5)
-        assert state.carry == last
-        assert state.carry.dtype == last.dtype
+        assert state.steps == last
+        assert state.steps.dtype == last.dtype
 
 
 BAD = {
