@@ -33,6 +33,7 @@ AxisName: TypeAlias = Hashable  # of shard_map, pmap or vmap; a tuple names seve
 Prox: TypeAlias = Callable[[PyTree, Scalar], PyTree]
 Condition: TypeAlias = Callable[["Seen"], tuple[ArrayLike, ArrayLike]]
 RestartLike: TypeAlias = Literal["gradient", "value", "speed"] | Condition | None
+LossFn: TypeAlias = Callable[..., ArrayLike | tuple[ArrayLike, PyTree]]  # of params and a batch
 
 # Closed choices; ``typing.get_args`` gives the strings.
 Convention: TypeAlias = Literal["optax", "sutskever"]
