@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors say what was given, what is allowed and what to do."""
+"""Checks of arguments. Their errors state what was given, what is allowed and what to do."""
 
 import functools
 import inspect

@@ -60,7 +60,7 @@ def prox_step(
         bounds of the rules, L the smoothness of the loss without the penalty.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Under
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Under
       ``inject_hyperparams`` prox is a static argument.
 
     Raises:
@@ -124,7 +124,7 @@ def l1(strength: Strength) -> Prox:
         tree of these that is a prefix of params, such as ``{"weights": 0.1, "intercept": 0.0}``.
 
     Returns:
-      A prox. It also takes complex leaves, whose entries shrink in modulus.
+      A prox. It also takes complex leaves and shrinks the modulus of their entries.
 
     Raises:
       ValueError: if an entry of strength is negative or not a number; from the prox, if strength
@@ -160,7 +160,7 @@ def elastic_net(l1: Strength, l2: Strength) -> Prox:
       l2: :math:`\lambda_2`, at least 0: a number, an array or a tree, as strength in :func:`l1`.
 
     Returns:
-      A prox. It also takes complex leaves, whose entries shrink in modulus.
+      A prox. It also takes complex leaves and shrinks the modulus of their entries.
 
     Raises:
       ValueError: if an entry of l1 or l2 is negative or not a number; from the prox, if one of
@@ -203,7 +203,7 @@ def group_l1(strength: Strength, axis: int | tuple[int, ...] | None = -1) -> Pro
       axis: the axis or axes that run through one group; None: each leaf is one group.
 
     Returns:
-      A prox. It also takes complex leaves, whose groups shrink in norm.
+      A prox. It also takes complex leaves and shrinks the norm of their groups.
 
     Raises:
       ValueError: if an entry of strength is negative or not a number; from the prox, if strength

@@ -124,9 +124,8 @@ class Devices:
             return self._to_devices(batch), None
         batch = jax.tree.map(self._sliceable, batch)
         main = jax.tree.map(lambda x: x[:even], batch) if even else None
-        return self._to_devices(main), jax.tree.map(
-            lambda x: self._move(x[even:], self.whole), batch
-        )
+        extra = jax.tree.map(lambda x: self._move(x[even:], self.whole), batch)
+        return self._to_devices(main), extra
 
     def _sliceable(self, x: ArrayLike) -> ArrayLike:
         """``x`` in a place where it may be sliced: on the devices of the mesh or on the host."""

@@ -103,9 +103,9 @@ def train_step(
     Args:
       loss_fn: ``(params, batch) -> loss``, a mean over the rows of the batch it gets. If ``init``
         was given ``model_state`` or ``rng``, it gets them as keyword arguments. With a model state
-        it returns ``(loss, model_state)``, whose floating leaves are averaged over devices. The rng
-        is different for each micro-batch, device and step. The loss of a row must not depend on the
-        number of rows.
+        it returns ``(loss, model_state)``, and the floating leaves of the new model state are
+        averaged over devices. The rng is different for each micro-batch, device and step. The loss
+        of a row must not depend on the number of rows.
       optimizer: any gradient transformation; use ``zero1(...)`` to split its state over the
         devices.
       mesh: a mesh with Auto or Explicit axes; None: all devices along one Auto axis.

@@ -149,7 +149,7 @@ def zero1(
       min_size: leaves with fewer elements are not split; at least 1.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose state is a :class:`Zero1State`. ``init``
+      An ``optax.GradientTransformationExtraArgs``. Its state is a :class:`Zero1State`. ``init``
       never holds a leaf on one device that it will split.
 
     Raises:

@@ -48,7 +48,7 @@ def averaged(
       power: p, at least 0; 0 gives the plain mean.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
       ValueError: if power is out of range or optimizer is not a gradient transformation; from init,

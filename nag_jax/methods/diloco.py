@@ -30,7 +30,7 @@ def lookahead(
       slow_dtype: floating or complex dtype of the slow copy; None: that of each parameter.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
       ValueError: for numbers out of range, or an inner that is not a gradient transformation.
@@ -69,7 +69,7 @@ def snoo(
         each parameter.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
       ValueError: for numbers out of range, or an inner that is not a gradient transformation.
@@ -110,7 +110,7 @@ def diloco(
         each parameter.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
       ValueError: for numbers out of range, an inner that is not a gradient transformation, or if

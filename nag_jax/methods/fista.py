@@ -65,7 +65,7 @@ def fista(
       accelerated gradient schemes, 2012, arXiv:1204.3982.
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
-    # Not optax.sgd, whose state differs between a number and a schedule.
+    # Not optax.sgd: its state differs between a number and a schedule.
     head = descent(learning_rate) if prox is None else prox_step(prox, learning_rate)
     kernel = accelerate(rules.fista(), restart, accumulator_dtype=accumulator_dtype)
     return optax.chain(head, kernel)

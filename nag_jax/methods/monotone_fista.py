@@ -59,7 +59,7 @@ def monotone_fista(
         tree is like params, in at least float32 where there is a gradient.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
       ValueError: if objective is not a function; from init, if a parameter is neither

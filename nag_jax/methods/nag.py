@@ -198,7 +198,7 @@ def nag_then_sgd(
         parameter.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, whose state is an ``AccelerateState``.
+      An ``optax.GradientTransformationExtraArgs``. Its state is an ``AccelerateState``.
 
     Raises:
       ValueError: for numbers out of range or an unknown decay. Under ``optax.inject_hyperparams``

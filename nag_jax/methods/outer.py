@@ -99,7 +99,7 @@ def outer(
         Complex parameters keep a complex copy of at least that precision, real ones a real copy.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Its state holds a
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Its state holds a
       copy of params and both optimizers' states.
 
     Raises:

@@ -63,7 +63,7 @@ def pogm(
       horizon: the number of steps N, at least 1. Later steps are proximal gradient descent.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Under
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Under
       ``inject_hyperparams`` prox and horizon are static arguments.
 
     Raises:
@@ -128,7 +128,7 @@ def optista(
       horizon: the number of steps N, at least 1. Later steps are proximal gradient descent.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Under
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Under
       ``inject_hyperparams`` prox and horizon are static arguments.
 
     Raises:
