@@ -40,9 +40,10 @@ def eval_params(params: PyTree, opt_state: OptState) -> PyTree:
     r"""Returns the iterate to evaluate or deploy, given the parameters that are trained.
 
     Nesterov's method takes gradients at an extrapolated point :math:`y`, and ``params`` hold that
-    point during training. Its guarantees hold for the iterate :math:`x`:
+    point during training. Its guarantees hold for the iterate :math:`x`. For ``accelerate`` with
+    momentum buffer :math:`m` and readout :math:`r`,
 
-    .. math:: x = y + r m \quad \text{for the momentum buffer } m \text{ of } \texttt{accelerate}
+    .. math:: x = y + r m
 
     Checkpoint ``params`` and the optimizer state instead of :math:`x`: training resumes from
     ``params``. For an optimizer without such an iterate, params themselves are returned.

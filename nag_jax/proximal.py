@@ -46,7 +46,7 @@ def prox_step(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The step of proximal gradient descent, :math:`u = \mathrm{prox}(p - \epsilon g) - p`.
 
-    It replaces ``optax.sgd(learning_rate)``; with a prox that changes nothing it is the same.
+    Use it instead of ``optax.sgd(learning_rate)``; with the identity as prox the two are the same.
     Momentum comes after it. The learning rate is given only here. The state is the same for a
     number and a schedule, so code that tunes the number may make a new ``prox_step(prox, lr)`` at
     each step and call its ``update``.

@@ -150,7 +150,7 @@ def zero1(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its state is a :class:`Zero1State`. ``init``
-      never holds a leaf on one device that it will split.
+      never materializes on one device a leaf that will be split.
 
     Raises:
       ValueError: if optimizer is not a gradient transformation, the mesh has no such axis or

@@ -214,8 +214,8 @@ def resynchronize(params: PyTree, opt_state: OptState) -> PyTree:
       opt_state: the state of the same step, of :func:`outer` or of a chain that contains it.
 
     Returns:
-      A pytree like params, with the same shapes and dtypes: the slow copy directly after an outer
-      step, otherwise params unchanged.
+      A pytree like params, with the same shapes and dtypes. Directly after an outer step it is the
+      slow copy, otherwise params unchanged.
 
     Raises:
       ValueError: if opt_state does not contain a state of ``outer``.
