@@ -30,7 +30,8 @@ from nag_jax._checks import (
     given_params,
 )
 from nag_jax._descent import at_count
-from nag_jax._types import ArrayLike, KeyPath, Prox, PyTree, Scalar, Tree, transformation
+from nag_jax._types import ArrayLike, KeyPath, PyTree, Scalar, Tree, transformation
+from nag_jax._types import Prox as Prox
 
 Strength: TypeAlias = PyTree  # numbers and arrays; a prefix of params
 
