@@ -13,8 +13,8 @@ from optax import Params as Params
 from optax import Updates as Updates
 
 if TYPE_CHECKING:  # these modules import this one
-    from nag_jax.restart.decision import Seen
     from nag_jax.precision.storage import Storage
+    from nag_jax.restart.decision import Seen
 
 # Trees. Optax's Params, Updates and OptState are preferred where a tree is one of them.
 PyTree: TypeAlias = Any  # a tree of any nodes and leaves, such as a batch
