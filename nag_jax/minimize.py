@@ -190,6 +190,7 @@ def _run(
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
     """The params found, error, steps, reason."""
     tx = optax.with_extra_args_support(backtracking(prox) if optimizer is None else optimizer)
+    tol = tol.astype(norm(params).dtype)
 
     def going(loop: _Loop) -> jax.Array:
         stop = (loop.error <= tol) | (loop.steps >= max_steps) | (loop.small >= _PATIENCE)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nag_jax._arithmetic import as_arrays
 from nag_jax._checks import check_arrays, check_count, check_optimizer, is_array
 from nag_jax._types import KeyPath, OptState, Params, PyTree, Tree, Updates, transformation
 from nag_jax.devices.placement import axes_of, check_axis, is_mapped, place, spec_of, spec_on
@@ -26,7 +27,17 @@ class Zero1State(NamedTuple):
 
     def iterate(self, params: Params) -> Params:
         """Returns the iterate of the wrapped optimizer, for :func:`eval_params`."""
-        return evaluated(params, self.inner)
+        layout = self.layout or Layout(())
+
+        def whole(path: KeyPath, x: jax.Array) -> jax.Array:
+            sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+            mesh = getattr(sharding, "mesh", None)
+            # Under Auto axes XLA gathers what it has to.
+            if mesh is None or AxisType.Explicit not in mesh.axis_types:
+                return x
+            return place(x, NamedSharding(mesh, layout.spec(path, x.shape)))
+
+        return evaluated(params, jax.tree_util.tree_map_with_path(whole, as_arrays(self.inner)))
 
 
 @jax.tree_util.register_static

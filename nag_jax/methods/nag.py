@@ -219,8 +219,11 @@ def nag_then_sgd(
     check_range("transition_steps", transition_steps, 0, switch_step + 1, static=True)
     momentum = scalar(momentum)
     effective = scalar(learning_rate) / (1 - momentum)
-    target = effective if sgd_learning_rate is None else scalar(sgd_learning_rate)
-    check_range("sgd_learning_rate", target, 0.0)
+    if sgd_learning_rate is None:
+        target = effective
+    else:
+        check_range("sgd_learning_rate", sgd_learning_rate, 0.0)
+        target = scalar(sgd_learning_rate)
     # Outside of remaining(), where under jit max could not compare an array.
     length = max(transition_steps, 1)
 
