@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ class Recipe(NamedTuple):
     warmup: int
     clip: float
     weight_decay: float
-    convention: str
+    convention: Literal["optax", "sutskever"]
 
 
 Hyper = dict[str, Any]

@@ -19,7 +19,7 @@ import re
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,8 @@ MORE_WAYS = ("jit, untransposed",)
 def prepare(way: str, mesh: Mesh, width: int) -> tuple[Any, Any]:
     """The step and the parameters, where they belong."""
     optimizer: optax.GradientTransformation = nag_jax.nag(1e-3, 0.9)
-    mode, _, extra = way.partition(", ")
+    first, _, extra = way.partition(", ")
+    mode = cast(Literal["jit", "shard_map", "pmap"], first)
     params = make_params(width)
     if extra == "zero1":
         optimizer = nag_jax.zero1(optimizer, mesh)

@@ -6,9 +6,9 @@ Gradients are clipped before they reach NAG, so that a large one does not stay i
 model is split into its definition and its parameters, so a whole epoch is one compiled program.
 """
 
-import argparse
 import functools
 import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -73,9 +73,9 @@ def sample(graphdef: nnx.GraphDef, params: optax.Params, keys: jax.Array) -> jax
 
 
 def main(argv: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a UTF-8 file; default: Python's documentation")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.epochs < 1:

@@ -6,8 +6,8 @@ For a model of your own, copy this file and change the class CNN. The data are i
 dataset-fashion-mnist, or in the four .gz files of github.com/zalandoresearch/fashion-mnist.
 """
 
-import argparse
 import gzip
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import jax
@@ -60,7 +60,7 @@ def train_step(model: CNN, optimizer: nnx.Optimizer, batch: Data, key: jax.Array
 
 
 def main(argv: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)

@@ -7,7 +7,7 @@ A method is a step and a rule for the momentum. The step size is 1/L, with the l
 each gradient. The objective to reach is that of scikit-learn's solution.
 """
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def gap_curve(
 
 
 def main(argv: list[str] | None = None) -> dict[tuple[str, str], np.ndarray]:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15_000, help="most gradients of a method")
     parser.add_argument("--plot", type=Path, help="file for a plot of the gaps, such as gaps.png")
     options = parser.parse_args(argv)

@@ -7,8 +7,8 @@ device, by `jax.vmap`. With a device for each, `jax.shard_map` or `jax.pmap` tak
 update stays as it is.
 """
 
-import argparse
 import functools
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import NamedTuple
 
 import jax
@@ -79,7 +79,7 @@ def train(every: int, steps: int, key: jax.Array, images: jax.Array, labels: jax
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=512)
     parser.add_argument("--every", type=int, nargs="+", default=[8, 32, 128], help="H, one or more")
     parser.add_argument("--seed", type=int, default=0)

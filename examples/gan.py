@@ -6,8 +6,8 @@ After each epoch the evaluated iterate of the generator draws images into --out.
 Debian package dataset-fashion-mnist, or the .gz files of github.com/zalandoresearch/fashion-mnist.
 """
 
-import argparse
 import gzip
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import jax
@@ -70,17 +70,8 @@ def train_step(
     return jnp.stack((g_loss, d_loss))
 
 
-@nnx.jit
-def draw(generator: nnx.Sequential, optimizer: nnx.Optimizer, noise: jax.Array) -> jax.Array:
-    """A picture in [0, 1] of 8x8 images, drawn by the evaluated iterate of the generator."""
-    graphdef, params = nnx.split(generator, nnx.Param)
-    evaluated = nnx.merge(graphdef, nag_jax.eval_params(params, optimizer.opt_state))
-    images = evaluated(noise).reshape(8, 8, 28, 28)
-    return (images.swapaxes(1, 2).reshape(8 * 28, 8 * 28) + 1) / 2
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -109,8 +100,11 @@ def main(argv: list[str] | None = None) -> None:
         losses = [train_step(networks, optimizers, images[rows], rngs()) for rows in batches]
         g_loss, d_loss = jnp.stack(losses).mean(axis=0)
         print(f"epoch {epoch:2}: generator loss {g_loss:.3f}, discriminator loss {d_loss:.3f}")
-        picture = np.asarray(draw(networks[0], optimizers[0], noise))
-        matplotlib.image.imsave(options.out, picture, cmap="gray", vmin=0, vmax=1)
+        # The generator holds the look-ahead point. Its evaluated iterate draws, in a copy.
+        graphdef, params = nnx.split(networks[0], nnx.Param)
+        evaluated = nnx.merge(graphdef, nag_jax.eval_params(params, optimizers[0].opt_state))
+        drawn = np.asarray(evaluated(noise)).reshape(8, 8, 28, 28).swapaxes(1, 2)
+        matplotlib.image.imsave(options.out, drawn.reshape(8 * 28, 8 * 28), cmap="gray")
 
 
 if __name__ == "__main__":

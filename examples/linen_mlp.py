@@ -6,8 +6,8 @@ nag_jax works on any tree of parameters. Only two lines change: TrainState takes
 the iterate to evaluate is made from `state.params` and `state.opt_state`.
 """
 
-import argparse
 import functools
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def evaluate(
 
 
 def main(argv: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.1, help="of the first step")
     parser.add_argument("--seed", type=int, default=0)

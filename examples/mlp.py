@@ -6,7 +6,7 @@ The digits come with scikit-learn, so nothing is downloaded. Two lines are speci
 one that makes the optimizer and the one that asks for the iterate to evaluate.
 """
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import jax
@@ -71,7 +71,7 @@ def save_curves(path: Path, history: np.ndarray) -> None:
 
 
 def main(argv: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.1, help="of the first step")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,8 +5,8 @@
 It runs on all GPUs or TPU cores, or on 8 virtual devices where there is only a CPU.
 """
 
-import argparse
 import os
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 # Before jax is imported. With fewer threads, virtual devices may wait for each other forever.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -72,7 +72,7 @@ def train_on_all(
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     expected = train_on_one(optimizer, init_params(options.seed), batch, options.steps)
     print(f"one device: loss {loss_fn(expected, batch):.6f}")
     differences = {}
-    for name, mode, tx in (
-        ("jit", "jit", optimizer),
-        ("shard_map", "shard_map", optimizer),
-        ("pmap", "pmap", optimizer),
-        ("jit + zero1", "jit", split),
-    ):
-        step = nag_jax.train_step(loss_fn, tx, mesh=mesh, mode=mode)
+    train_steps = {
+        "jit": nag_jax.train_step(loss_fn, optimizer, mesh=mesh, mode="jit"),
+        "shard_map": nag_jax.train_step(loss_fn, optimizer, mesh=mesh, mode="shard_map"),
+        "pmap": nag_jax.train_step(loss_fn, optimizer, mesh=mesh, mode="pmap"),
+        "jit + zero1": nag_jax.train_step(loss_fn, split, mesh=mesh, mode="jit"),
+    }
+    for name, step in train_steps.items():
         # The step takes over the buffers of its arguments, so each run makes its own params.
         found, held = train_on_all(step, init_params(options.seed), batch, options.steps)
         errors = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), found, expected)

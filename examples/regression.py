@@ -6,8 +6,8 @@ The loss is multiplied by 0.001, by 1 and by 1000. A learning rate tuned for one
 be wrong for the others by factors of a thousand; `nag_auto` finds the right one for each.
 """
 
-import argparse
 import functools
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

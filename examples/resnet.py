@@ -7,8 +7,8 @@ iterate to evaluate is another point and gets its own. The data are in the Debia
 dataset-fashion-mnist, or in the four .gz files of github.com/zalandoresearch/fashion-mnist.
 """
 
-import argparse
 import gzip
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import jax
@@ -78,8 +78,8 @@ def accuracy(model: ResNet, images: jax.Array, labels: jax.Array) -> float:
     return float((jnp.concatenate(parts) == labels).mean())
 
 
-def main(argv: list[str] | None = None) -> tuple[float, float]:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
@@ -96,7 +96,6 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     model = ResNet(rngs=rngs)
     tx = nag_jax.nag(optax.cosine_decay_schedule(0.1, options.epochs * steps), momentum=0.9)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    after = before = 0.0
     for epoch in range(1, options.epochs + 1):
         order = jax.random.permutation(rngs(), len(images))
         batches = order[: steps * BATCH_SIZE].reshape(steps, BATCH_SIZE)
@@ -110,7 +109,6 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
             forward(evaluated, images[rows])
         after = accuracy(evaluated, *test)
         print(f"epoch {epoch}: test accuracy {after:.2%}, with the old statistics {before:.2%}")
-    return after, before
 
 
 if __name__ == "__main__":

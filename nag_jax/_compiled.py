@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 
 _PROGRAMS: Any = weakref.WeakKeyDictionary()  # of each function, by their text
 _KEPT = 8  # programs of one function
@@ -26,7 +26,7 @@ def compiled(
     flat = lambda *leaves: program(jax.tree.unflatten(structure, leaves))
     closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     jaxpr = closed.jaxpr
-    run = jax.jit(lambda data, leaves: jax.core.eval_jaxpr(jaxpr, data, *leaves))
+    run = jax.jit(lambda data, leaves: eval_jaxpr(jaxpr, data, *leaves))
     if not any(isinstance(x, Tracer) for x in (*closed.consts, *leaves)):
         text = str(jaxpr)
         run = _kept(owner, (text, parts if opaque or "callback" in text else None), run)

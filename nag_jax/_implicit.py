@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.flatten_util import ravel_pytree
 
 from nag_jax._arithmetic import real_like, wide
@@ -34,13 +35,16 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
 
     def with_data(data: list[Any], *arguments: Any) -> Any:
         leaves = jax.tree.leaves(arguments)
-        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(jaxpr, data, *leaves))
+        return jax.tree.unflatten(structure, eval_jaxpr(jaxpr, data, *leaves))
 
     return with_data, closed.consts
 
 
 def with_derivatives(
-    x: Any, gradient: Callable[[Any], Any], prox: Callable[[Any, Any], Any] | None
+    x: Any,
+    gradient: Callable[[Any], Any],
+    prox: Callable[[Any, Any], Any] | None,
+    exists: jax.Array,
 ) -> Any:
     """``x``, with derivatives in all that ``gradient`` and ``prox`` close over.
 
@@ -48,66 +52,90 @@ def with_derivatives(
       x: the solution, a tree of floating or complex arrays.
       gradient: from trees like x to the real gradient, complex where x is.
       prox: ``(tree, step) -> tree``; None: x is a root of the gradient.
+      exists: whether x is a solution; if not, derivatives are NaN.
     """
     v, like = _reals(x), jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), x)
     if not v:
         return x
-    precision = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(like))
-    gradient_of, g_data = hoisted(lambda v: _reals(gradient(_like(like, v, narrow=True))), v)
-    prox_of, p_data = None, []
-    if prox is not None:
-        prox_of, p_data = hoisted(lambda z, s: _reals(prox(_like(like, z), s)), v, 1.0)
-    solve = functools.partial(_solve, precision=precision)
+    solve = functools.partial(
+        _solve, precision=max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(like))
+    )
+
+    def real_prox(z: Reals, step: jax.Array) -> Reals:
+        after = z if prox is None else _reals(prox(_like(like, z), step))
+        return [a.astype(b.dtype) for a, b in zip(after, z, strict=True)]
+
+    real_gradient = lambda v: _reals(gradient(_like(like, v, narrow=True)))
+    slope, slope_data = hoisted(real_gradient, v)
+    after, after_data = hoisted(real_prox, v, norm(v))
 
     @jax.custom_jvp
-    def solution(v: Reals, g_data: list[Any], p_data: list[Any]) -> Reals:
-        del g_data, p_data
+    def solution(v: Reals, exists: jax.Array, data: Any) -> Reals:
+        del exists, data
         return v
 
-    @solution.defjvp
     def tangent(primals: Any, tangents: Any) -> tuple[Reals, Reals]:
-        data = primals[1:]
+        _, exists, data = primals
         v = solution(*primals)  # which knows, for derivatives of this one, that it depends on data
-        floats, moves = [], []
-        for d, t in zip(jax.tree.leaves(data), jax.tree.leaves(tangents[1:]), strict=True):
-            if jnp.issubdtype(d.dtype, jnp.inexact):
-                floats.append(d)
-                moves.append(t)
+        floats, moves, joined = _floats(data, tangents[2])
+        g = lambda v, floats: slope(joined(floats)[0], v)
+        z = lambda z, step, floats: after(joined(floats)[1], z, step)
+        if prox is None:
+            move = _of_root(g, v, floats, moves, solve)
+        else:
+            move = _of_fixed_point(g, z, v, floats, moves, solve)
+        # A factor, which is NaN in the transposed direction, too.
+        return v, [x * jnp.where(exists, 1, jnp.nan).astype(x.dtype) for x in move]
 
-        def split(floats: Any) -> Any:
-            """The data with other floats in their places."""
-            new = iter(floats)
-            choose = lambda d: next(new) if jnp.issubdtype(d.dtype, jnp.inexact) else d
-            return jax.tree.map(choose, data)
+    solution.defjvp(tangent)
+    return _like(like, solution(v, exists, (slope_data, after_data)), narrow=True)
 
-        def slope(v: Reals, floats: Any) -> Reals:
-            return gradient_of(split(floats)[0], v)
 
-        hessian = jax.linearize(lambda v: slope(v, floats), v)[1]
-        if prox_of is None:
-            change = jax.jvp(lambda floats: slope(v, floats), (floats,), (moves,))[1]
-            return v, solve(hessian, [-x for x in change])
+def _of_root(gradient: Any, v: Reals, data: Any, moves: Any, solve: Any) -> Reals:
+    """How v moves with the data: H dv = -change, where change is how the gradient does at v."""
+    change = jax.jvp(lambda data: gradient(v, data), (data,), (moves,))[1]
+    hessian = jax.linearize(lambda v: gradient(v, data), v)[1]
+    return solve(hessian, [-x for x in change])
 
-        # With H the Hessian, a step s of about 1/|H|, and P the derivative of the prox at its point
-        # z = v - s*gradient,
-        #   dv = P (I - sH) dv + change,
-        # where change is how the right side moves while v stays. So dv = change + P w for a w with
-        #   (P - P (I - sH) P) w = P (I - sH) change,
-        # a symmetric system, which is positive semidefinite at a minimum.
-        step = _step(hessian, v)
-        point = lambda floats: _add(v, -step, slope(v, floats))
-        mapped = lambda z, floats: prox_of(split(floats)[1], z, step)
-        change = jax.jvp(lambda f: mapped(point(f), f), (floats,), (moves,))[1]
-        p = jax.linearize(lambda z: mapped(z, floats), point(floats))[1]
 
-        def matrix(w: Reals) -> Reals:
-            pw = p(w)
-            return _add(_add(pw, -1, p(pw)), step, p(hessian(pw)))
+def _of_fixed_point(gradient: Any, prox: Any, v: Reals, data: Any, moves: Any, solve: Any) -> Reals:
+    """How v = prox(v - s*gradient) moves with the data, for a step s of about 1/|H|.
 
-        w = solve(matrix, p(_add(change, -step, hessian(change))))
-        return v, _add(change, 1, p(w))
+    With H the Hessian, P the derivative of the prox, and change how the right side moves at v,
 
-    return _like(like, solution(v, g_data, p_data), narrow=True)
+        dv = P (I - sH) dv + change,
+
+    so that dv = change + P w for the w of a symmetric system, semidefinite at a minimum,
+
+        (P - P (I - sH) P) w = P (I - sH) change
+    """
+    hessian = jax.linearize(lambda v: gradient(v, data), v)[1]
+    s = _step(hessian, v)
+    point = lambda data: _add(v, -s, gradient(v, data))
+    change = jax.jvp(lambda data: prox(point(data), s, data), (data,), (moves,))[1]
+    p = jax.linearize(lambda z: prox(z, s, data), point(data))[1]
+
+    def matrix(w: Reals) -> Reals:
+        pw = p(w)
+        return _add(_add(pw, -1, p(pw)), s, p(hessian(pw)))
+
+    w = solve(matrix, p(_add(change, -s, hessian(change))))
+    return _add(change, 1, p(w))
+
+
+def _floats(data: Any, moved: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], Any]]:
+    """The leaves that can be differentiated, their tangents, and the data with others instead."""
+    leaves, structure = jax.tree.flatten(data)
+    places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    tangents = jax.tree.leaves(moved)
+
+    def joined(floats: list[Any]) -> Any:
+        new = list(leaves)
+        for i, x in zip(places, floats, strict=True):
+            new[i] = x
+        return jax.tree.unflatten(structure, new)
+
+    return [leaves[i] for i in places], [tangents[i] for i in places], joined
 
 
 def _step(hessian: Callable[[Reals], Reals], v: Reals) -> jax.Array:
@@ -164,10 +192,21 @@ def _pseudo_inverse(
     if n <= _SMALL:
         return size * dense(None)[0]
     steps = 2 * n if n <= _DENSE else _STEPS
-    x, _ = jax.scipy.sparse.linalg.cg(product, unit, tol=precision**0.75, maxiter=steps)
-    solved = norm(unit - product(x)) <= precision**0.4
-    if n <= _DENSE:  # a loop, not a cond: under vmap it runs only where something is not solved
-        x, solved = jax.lax.while_loop(lambda loop: ~loop[1], dense, (x, solved))
+    cg = lambda b: jax.scipy.sparse.linalg.cg(product, b, tol=precision**0.75, maxiter=steps)[0]
+    x, small = cg(unit), precision**0.4
+    solved = norm(unit - product(x)) <= small
+
+    def projected(_: Any) -> tuple[jax.Array, jax.Array]:
+        # A^+ A takes out what is not in the range, first of b, in the end what rounding left in x.
+        image = product(unit)
+        x = cg(product(cg(cg(image))))
+        solved = norm(image - product(product(x))) <= small * norm(image)
+        return jnp.where(solved, x, jnp.nan), jnp.asarray(True)
+
+    # Loops, not conds: under vmap they run only where something is not solved.
+    if n <= _DENSE or not strict:
+        again = dense if n <= _DENSE else projected
+        x, solved = jax.lax.while_loop(lambda loop: ~loop[1], again, (x, solved))
     return size * jnp.where(solved, x, jnp.nan)
 
 

@@ -32,7 +32,7 @@ def search(
     up: jax.Array,
     blind: jax.Array,
     floor: jax.Array,
-    shrink: Any,
+    shrink: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The learning rate tried last, what ``test`` says of it, and the number of trials.
 
@@ -42,7 +42,7 @@ def search(
 
     The result is start * shrink^power for a whole power, and has the derivative of that.
     """
-    factor = jax.lax.stop_gradient(jnp.asarray(shrink, start.dtype))
+    factor = jax.lax.stop_gradient(shrink)
 
     def body(carry: Any) -> Any:
         lr, power, _, _, up, _, n = carry
@@ -66,25 +66,14 @@ def search(
     if _traced(carry):
         carry = jax.lax.while_loop(going, body, carry)
     lr, power, ok, telling, _, _, n = carry
-    return _found(lr, power, start, jnp.asarray(shrink, start.dtype)), ok, telling, n
+    # A while_loop has no derivative in reverse mode. The two ratios are 1.
+    lr *= _one(start) * _one(shrink) ** power.astype(start.dtype)
+    return lr, ok, telling, n
 
 
-@jax.custom_jvp
-def _found(lr: jax.Array, power: jax.Array, start: jax.Array, shrink: jax.Array) -> jax.Array:
-    """``lr``, with the derivative of start * shrink^power.
-
-    A ``while_loop`` has no derivative in reverse mode.
-    """
-    del power, start, shrink
-    return lr
-
-
-@_found.defjvp
-def _found_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    _, power, start, shrink = primals
-    _, _, of_start, of_shrink = tangents
-    lr = _found(*primals)
-    return lr, lr * (of_start / start + power.astype(lr.dtype) * of_shrink / shrink)
+def _one(x: jax.Array) -> jax.Array:
+    """1, with the derivative of log(x)."""
+    return x / jax.lax.stop_gradient(x)
 
 
 def _traced(tree: Any) -> bool:

@@ -13,7 +13,7 @@ from nag_jax._arithmetic import as_arrays, cast_like, cast_tree, map_gradients, 
 from nag_jax._paths import at_paths, by_path, only_scalar
 from nag_jax.precision import storage as storages
 from nag_jax.restart import decision
-from nag_jax.rules.rule import Coefficients, Rule, Scalar
+from nag_jax.rules.rule import Coefficients, Rule, Scalar, scalar
 
 _STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
 _STEPS_AHEAD = 20_000  # how far a scheduled momentum is looked at for that
@@ -145,7 +145,7 @@ def accelerate(
             updates,
             storages.read(m, memory),
         )
-        readout = jnp.asarray(c.readout, state.readout.dtype)
+        readout = jnp.asarray(scalar(c.readout), state.readout.dtype)
         return updates, state._replace(
             m=m,
             carry=carry,
@@ -169,7 +169,7 @@ def _in_one_array(c: Coefficients) -> Coefficients:
     XLA merges the kernels of small leaves on a GPU if they read an array that they share: 27
     launches instead of 161 for a ResNet-50. It does not for scalars or constants.
     """
-    both = jnp.stack([jnp.asarray(scalar, float) for scalar in (c.beta, c.kappa)])
+    both = jnp.stack([jnp.asarray(scalar(x), float) for x in (c.beta, c.kappa)])
     shared = jax.lax.optimization_barrier(both)
     return c._replace(beta=shared[0], kappa=shared[1])
 

@@ -17,7 +17,7 @@ from nag_jax.methods.backtracking import backtracking
 from nag_jax.proximal import Prox
 
 _PATIENCE = 10  # steps in a row that must be too small: a warm-up and a restart make single ones
-_TRIALS = 30  # of the last proximal step
+_ROUNDING = 8  # of an iterate, in units of the precision of params
 _MOST_STEPS = 2**31 - 1  # counted in int32
 
 
@@ -48,6 +48,7 @@ class _Loop(NamedTuple):
     steps: jax.Array
     small: jax.Array  # steps in a row that were too small
     finite: jax.Array
+    sizes: Any  # with a prox: the largest that params were lately; their sums round by that
 
 
 def minimize(
@@ -123,7 +124,8 @@ def minimize(
         run, data = hoisted(run, params)
         x, error, steps, reason = run(*jax.lax.stop_gradient((data, params)))
         if implicit_diff:
-            x = with_derivatives(x, lambda p: _gradient(value)(p)[1], prox)
+            exists = reason != Reason.NOT_FINITE
+            x = with_derivatives(x, lambda p: _gradient(value)(p)[1], prox, exists)
         y = value(x)
         converged = (reason == Reason.TOLERANCE) & jnp.isfinite(y) & jnp.isfinite(norm(x))
         return Result(x, y, error, steps, converged, reason)
@@ -157,6 +159,11 @@ def largest_curvature(fun: Callable[[Any], Any], params: Any, *, max_steps: int 
     3.06
     """
     check_count("max_steps", max_steps)
+    curvature = lambda params: _power_iteration(_scalar(fun), params, max_steps)
+    return compiled(curvature, _floating(params), owner=fun, parts=None, opaque=False)
+
+
+def _power_iteration(fun: Any, params: Any, max_steps: int) -> jax.Array:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
     start = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=False)]
@@ -183,6 +190,7 @@ def _run(
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
     """The params found, error, steps, reason."""
     tx = optax.with_extra_args_support(backtracking(prox) if optimizer is None else optimizer)
+    tol = tol.astype(norm(params).dtype)
 
     def going(loop: _Loop) -> jax.Array:
         stop = (loop.error <= tol) | (loop.steps >= max_steps) | (loop.small >= _PATIENCE)
@@ -199,61 +207,50 @@ def _run(
         finite = jnp.isfinite(error) & (moved < _limit(moved))
         finite = finite & (jnp.isfinite(value) | (error <= tol))
         keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(finite, x, y), a, b)
+        new, state, sizes = keep(new, p), keep(state, loop.state), loop.sizes
+        if prox is not None:
+            sizes = jax.tree.map(lambda size, p: jnp.maximum(jnp.abs(p), size / 2), sizes, new)
         return _Loop(
-            params=keep(new, p),
-            state=keep(state, loop.state),
+            params=new,
+            state=state,
             error=error.astype(loop.error.dtype),  # a projection may have widened it
             steps=loop.steps + 1,
             small=jnp.where(small, loop.small + 1, 0),
             finite=finite,
+            sizes=sizes,
         )
 
     zero = jnp.zeros([], jnp.int32)
     infinite = jnp.full_like(norm(params), jnp.inf)
-    loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True))
+    sizes = () if prox is None else jax.tree.map(jnp.abs, params)
+    loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True), sizes)
     loop = jax.lax.while_loop(going, body, loop)
     x, met = evaluated(loop.params, loop.state), loop.error <= tol
     small = loop.small >= _PATIENCE
     if prox is not None:
-        gradient = lambda p: _gradient(fun)(p)[1]
-        g = gradient(x)
-        hidden = met & _hidden(x, g, prox, tol)
-        x, met, small = _proximal(x, g, gradient, prox), met & ~hidden, small | hidden
+        x = _settled(x, loop.sizes, prox)
+        hidden = met & _hidden(x, fun, prox, tol)
+        met, small = met & ~hidden, small | hidden
     reason = jnp.where(small, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
     reason = jnp.where(met, Reason.TOLERANCE, reason)
     reason = jnp.where(loop.finite, reason, Reason.NOT_FINITE).astype(jnp.int32)
     return x, loop.error, loop.steps, reason
 
 
-def _proximal(x: Any, g: Any, gradient: Callable[[Any], Any], prox: Prox) -> Any:
-    """prox(x - s*gradient) for a step s that is short enough for descent where fun is convex.
+def _settled(x: Any, sizes: Any, prox: Prox) -> Any:
+    """``x``, a sum of params and a buffer, sparse and feasible in spite of their rounding."""
 
-    So it is exactly sparse or feasible, which x, a sum of params and a buffer, is up to rounding.
-    """
-    g = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), g)
+    def cleared(x: jax.Array, size: jax.Array) -> jax.Array:
+        return jnp.where(jnp.abs(x) <= _ROUNDING * float(jnp.finfo(x.dtype).eps) * size, 0, x)
 
-    def moved(step: jax.Array) -> Any:
-        z = prox(_descended(x, g, step), step)
-        return jax.tree.map(lambda x, z: z.astype(x.dtype), x, z)
+    return _projected(jax.tree.map(cleared, x, sizes), prox)
 
-    def body(loop: Any) -> Any:
-        step, _, trials = loop
-        z = moved(step)
-        u, bend = (_minus(*pair) for pair in ((z, x), (gradient(z), g)))
-        length = jnp.where(norm(u) > 0, norm(u), 1)
-        unit = jax.tree.map(lambda u: u / real_like(length, u), u)
-        dots = jax.tree.map(lambda a, b: jnp.sum((jnp.conj(a) * b).real), unit, bend)
-        curvature = sum(jax.tree.leaves(dots), jnp.zeros_like(length)) / length
-        shorter = jnp.minimum(step / 2, 1 / (2 * curvature))
-        shorter = jnp.where(jnp.isfinite(shorter) & (shorter > 0), shorter, step / 1024)
-        short = step * curvature <= 1
-        return jnp.where(short, step, shorter), short, trials + 1
 
-    going = lambda loop: ~loop[1] & (loop[2] < _TRIALS)
-    step = norm(x) / norm(g)
-    step = jnp.where(jnp.isfinite(step) & (step > 0), step, 1)
-    start = step, jnp.asarray(False), jnp.zeros([], jnp.int32)
-    return moved(jax.lax.while_loop(going, body, start)[0])
+def _projected(x: Any, prox: Prox) -> Any:
+    """The prox with a step as good as 0: it projects, and a penalty changes nothing."""
+    step = jnp.full_like(norm(x), jnp.finfo(norm(x).dtype).tiny)
+    z = prox(jax.tree.map(wide, x), step)
+    return jax.tree.map(lambda x, z: z.astype(x.dtype), x, z)
 
 
 def _scalar(fun: Callable[[Any], Any]) -> Callable[[Any], jax.Array]:
@@ -277,7 +274,7 @@ def _floating(params: Any) -> Any:
             x = jnp.asarray(p, float) if number else jnp.asarray(p)
             got = f"{x.dtype}{list(x.shape)}"
         except (TypeError, ValueError, OverflowError):
-            x, got = None, repr(p)
+            x, got = None, f"{p!r:.80}"
         if x is None or not jnp.issubdtype(x.dtype, jnp.inexact):
             raise ValueError(
                 f"params must be floating or complex arrays, or Python numbers, got {got}"
@@ -305,12 +302,18 @@ def _error(p: Any, g: Any, prox: Any, step: Any = 1.0) -> jax.Array:
     return norm(_minus(p, prox(_descended(p, g, step), step))) / step
 
 
-def _hidden(x: Any, g: Any, prox: Prox, tol: jax.Array) -> jax.Array:
-    """Whether rounding of x hides an error above tol, which it does not from a longer step."""
-    length, size = norm(x), norm(g)
-    step = jnp.where(length > size, length / jnp.where(size > 0, size, 1), 1)
-    rounded = jnp.finfo(length.dtype).eps * length > tol
-    return rounded & (_error(x, g, prox, jnp.minimum(step, _limit(step))) > 10 * tol)
+def _hidden(x: Any, fun: Any, prox: Prox, tol: jax.Array) -> jax.Array:
+    """Whether rounding of x hides an error above tol, as a step as long as x tells."""
+    length = norm(x)
+    eps = jnp.finfo(length.dtype).eps
+
+    def error_is_larger() -> jax.Array:
+        g = _gradient(fun)(x)[1]
+        size = norm(g)
+        step = jnp.clip(length / jnp.where(size > 0, size, length), 1, _limit(length))
+        return _error(x, g, prox, step) > jnp.maximum(10 * tol, 100 * eps * size)
+
+    return jax.lax.cond(eps * length > tol, error_is_larger, lambda: jnp.asarray(False))
 
 
 def _descended(p: Any, g: Any, step: Any) -> Any:
@@ -319,7 +322,8 @@ def _descended(p: Any, g: Any, step: Any) -> Any:
 
 
 def _minus(a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda a, b: wide(a) - wide(b), a, b)
+    """``a - b``, in float32 at least; b may come from a prox that widens it."""
+    return jax.tree.map(lambda a, b: wide(a) - b.astype(wide(a).dtype), a, b)
 
 
 def _limit(x: jax.Array) -> float:
@@ -329,5 +333,9 @@ def _limit(x: jax.Array) -> float:
 
 def _rounding(params: Any) -> float:
     """Relative size of a step too small to matter; below float32 one that moves nothing at all."""
-    eps = max((float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params)), default=0.0)
-    return eps if eps < 1e-5 else 0.0
+    return _eps(params) if _eps(params) < 1e-5 else 0.0
+
+
+def _eps(params: Any) -> float:
+    """Of the narrowest leaf; 0 without leaves."""
+    return max((float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params)), default=0.0)

@@ -1,4 +1,4 @@
-r"""Proximal steps: constraints and non-smooth penalties as the head of a chain. ::
+r"""Proximal steps: constraints and non-smooth penalties at the head of a chain. ::
 
     chain(prox_step(l1(0.1), learning_rate), accelerate(rules.fista(), restart=restart.gradient))
 
@@ -8,12 +8,12 @@ A prox is a function ``(tree, step) -> tree``, the proximal operator of a penalt
 
 with v the tree and :math:`\epsilon` the step. A constraint is the penalty that is 0 where it holds
 and infinite elsewhere; its prox is the projection, whatever the step. ``params`` are the
-extrapolated point and in general neither sparse nor feasible; what ``eval_params`` returns is, up
-to the rounding of ``params - m``.
+extrapolated point, in general neither sparse nor feasible. The iterate of ``eval_params`` is, up to
+the rounding of ``params - m``.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,19 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like
-from nag_jax._checks import check_projection, check_prox, check_range, check_trainable, given_params
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like, wide
+from nag_jax._checks import (
+    check_projection,
+    check_prox,
+    check_range,
+    check_trainable,
+    given_params,
+)
+from nag_jax._descent import at_count
+from nag_jax._types import ArrayLike, KeyPath, PyTree, Scalar, Tree, transformation
+from nag_jax._types import Prox as Prox
 
-Prox = Callable[[Any, Any], Any]
+Strength: TypeAlias = PyTree  # numbers and arrays; a prefix of params
 
 
 class ProxStepState(NamedTuple):
@@ -38,21 +47,21 @@ def prox_step(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The step of proximal gradient descent, :math:`u = \mathrm{prox}(p - \epsilon g) - p`.
 
-    It replaces ``optax.sgd(learning_rate)``; with a prox that changes nothing it is the same.
+    Use it instead of ``optax.sgd(learning_rate)``; with the identity as prox the two are the same.
     Momentum comes after it. The learning rate is given only here. The state is the same for a
-    number and a schedule, so code that tunes the number may call ``prox_step(prox, lr).update``
-    anew each step.
+    number and a schedule, so code that tunes the number may make a new ``prox_step(prox, lr)`` at
+    each step and call its ``update``.
 
     Args:
-      prox: ``(tree, step) -> tree``, which returns the shapes of its tree, in float32 at least;
-        from this module, or one of your own. Wrap a projection in :func:`projection`, and a prox of
-        jaxopt, which takes its strength before the step, as
+      prox: ``(tree, step) -> tree``, from this module or your own. Its tree has at least float32;
+        it returns the same structure and shapes. Wrap a projection in :func:`projection`, and a
+        prox of jaxopt, which takes its strength before the step, as
         ``lambda x, step: jaxopt.prox.prox_lasso(x, 0.1, step)``.
       learning_rate: :math:`\epsilon`, at least 0, or a schedule of the integer step; 1/L for the
         bounds of the rules, L the smoothness of the loss without the penalty.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Under
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Under
       ``inject_hyperparams`` prox is a static argument.
 
     Raises:
@@ -89,19 +98,22 @@ def prox_step(
         return ProxStepState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: ProxStepState,
+        params: optax.Params | None = None,
+        **extra_args: object,
     ) -> tuple[optax.Updates, ProxStepState]:
         del extra_args
         params = given_params("prox_step", params)
-        lr = learning_rate(jnp.asarray(state.step)) if callable(learning_rate) else learning_rate
+        lr = at_count(learning_rate, jnp.asarray(state.step))
         steps = proximal_step(prox, updates, params, lr)
         updates = map_gradients(lambda g, u: cast_like(u, g), updates, steps)
         return updates, ProxStepState(jnp.asarray(optax.safe_increment(state.step)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
-def l1(strength: Any) -> Prox:
+def l1(strength: Strength) -> Prox:
     r"""The prox of the lasso penalty: every entry shrinks towards 0, and small ones become 0.
 
     .. math::
@@ -113,7 +125,7 @@ def l1(strength: Any) -> Prox:
         tree of these that is a prefix of params, such as ``{"weights": 0.1, "intercept": 0.0}``.
 
     Returns:
-      A prox. It also takes complex leaves, whose entries shrink in modulus.
+      A prox. It also takes complex leaves and shrinks the modulus of their entries.
 
     Raises:
       ValueError: if an entry of strength is negative or not a number; from the prox, if strength
@@ -129,14 +141,14 @@ def l1(strength: Any) -> Prox:
     """
     _check_entries("strength", strength, 0.0)
 
-    def prox(tree: Any, step: Any) -> Any:
+    def prox(tree: Tree, step: Scalar) -> Tree:
         shrink = lambda z, weight: _shrink(z, jnp.abs(z), step * weight)
-        return jax.tree.map(shrink, tree, _spread("strength", strength, tree))
+        return jax.tree.map(shrink, tree, _for_each_leaf("strength", strength, tree))
 
     return prox
 
 
-def elastic_net(l1: Any, l2: Any) -> Prox:
+def elastic_net(l1: Strength, l2: Strength) -> Prox:
     r"""The prox of the elastic net: every entry shrinks as in :func:`l1` and is then scaled down.
 
     .. math::
@@ -149,7 +161,7 @@ def elastic_net(l1: Any, l2: Any) -> Prox:
       l2: :math:`\lambda_2`, at least 0: a number, an array or a tree, as strength in :func:`l1`.
 
     Returns:
-      A prox. It also takes complex leaves, whose entries shrink in modulus.
+      A prox. It also takes complex leaves and shrinks the modulus of their entries.
 
     Raises:
       ValueError: if an entry of l1 or l2 is negative or not a number; from the prox, if one of
@@ -166,16 +178,18 @@ def elastic_net(l1: Any, l2: Any) -> Prox:
     _check_entries("l1", l1, 0.0)
     _check_entries("l2", l2, 0.0)
 
-    def prox(tree: Any, step: Any) -> Any:
-        def shrink(z: jax.Array, weight: Any, ridge: Any) -> jax.Array:
-            return _shrink(z, jnp.abs(z), step * weight) / real_like(1 + step * ridge, z)
+    def prox(tree: Tree, step: Scalar) -> Tree:
+        def shrink(z: jax.Array, weight: ArrayLike, ridge: ArrayLike) -> jax.Array:
+            shrunk = wide(_shrink(z, jnp.abs(z), step * weight))
+            return cast_like(shrunk / real_like(1 + step * ridge, z), z)
 
-        return jax.tree.map(shrink, tree, _spread("l1", l1, tree), _spread("l2", l2, tree))
+        weights, ridges = _for_each_leaf("l1", l1, tree), _for_each_leaf("l2", l2, tree)
+        return jax.tree.map(shrink, tree, weights, ridges)
 
     return prox
 
 
-def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
+def group_l1(strength: Strength, axis: int | tuple[int, ...] | None = -1) -> Prox:
     r"""The prox of the group lasso: whole groups shrink, and small ones become 0.
 
     With :math:`v_g` the entries of group g,
@@ -192,8 +206,8 @@ def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
         leaf is always one group.
 
     Returns:
-      A prox. It also takes complex leaves, whose groups shrink in norm. Its derivative at a group
-      of zeros is 0, unless the strength is 0, too.
+      A prox. It also takes complex leaves and shrinks the norm of their groups. Its derivative at a
+      group of zeros is 0, unless the strength is 0, too.
 
     Raises:
       ValueError: if an entry of strength is negative or not a number; from the prox, if strength
@@ -220,10 +234,10 @@ def group_l1(strength: Any, axis: int | tuple[int, ...] | None = -1) -> Prox:
             )
         return _norm(z, axis if z.ndim else None)
 
-    def prox(tree: Any, step: Any) -> Any:
+    def prox(tree: Tree, step: Scalar) -> Tree:
         norms = jax.tree.map(norm, tree)
         shrink = lambda z, size, weight: _shrink(z, size, step * weight)
-        return jax.tree.map(shrink, tree, norms, _spread("strength", strength, norms))
+        return jax.tree.map(shrink, tree, norms, _for_each_leaf("strength", strength, norms))
 
     return prox
 
@@ -246,7 +260,7 @@ def nonnegative() -> Prox:
     return lambda tree, step: jax.tree.map(lambda z: jnp.maximum(z, 0), tree)
 
 
-def box(low: Any, high: Any) -> Prox:
+def box(low: Strength, high: Strength) -> Prox:
     r"""The prox of the constraint that every entry is between two bounds.
 
     .. math::
@@ -274,29 +288,30 @@ def box(low: Any, high: Any) -> Prox:
     """
     _check_entries("low", low, -np.inf, high_closed=True)
     _check_entries("high", high, -np.inf, high_closed=True)
-    alike = jax.tree.structure(low) == jax.tree.structure(high)
-    if alike:
+    # Bounds of one structure are compared here, others once params are known.
+    same_structure = jax.tree.structure(low) == jax.tree.structure(high)
+    if same_structure:
         jax.tree_util.tree_map_with_path(_check_order, low, high)
     clip = lambda z, a, b: jnp.clip(z, real_like(a, z), real_like(b, z))
 
-    def prox(tree: Any, step: Any) -> Any:
+    def prox(tree: Tree, step: Scalar) -> Tree:
         del step
-        lows, highs = _spread("low", low, tree), _spread("high", high, tree)
-        if not alike:
+        lows, highs = _for_each_leaf("low", low, tree), _for_each_leaf("high", high, tree)
+        if not same_structure:
             jax.tree_util.tree_map_with_path(_check_order, lows, highs)
         return jax.tree.map(clip, tree, lows, highs)
 
     return prox
 
 
-def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
-    r"""The prox of a constraint whose projection is at hand.
+def projection(project: Callable[..., PyTree], **arguments: object) -> Prox:
+    r"""The prox of a constraint, made from the projection onto it.
 
     .. math:: \mathrm{prox}_\epsilon(v) = \arg\min_{z \in C} \|z - v\|^2
 
     Args:
       project: ``tree -> tree``, the projection onto C, such as those of ``optax.projections``.
-      **arguments: of project, by name, such as ``scale=2.0``.
+      **arguments: passed on to project by name, such as ``scale=2.0``.
 
     Returns:
       A prox.
@@ -316,27 +331,30 @@ def projection(project: Callable[..., Any], **arguments: Any) -> Prox:
     return lambda tree, step: project(tree, **arguments)
 
 
-def _shrink(z: jax.Array, size: jax.Array, by: Any) -> jax.Array:
-    """z with its ``size`` reduced by ``by``, to 0 at most."""
-    by, safe = real_like(by, size), jnp.where(size > 0, size, 1)
-    shrunk = z * (jnp.maximum(size - by, 0) / safe)
-    # Where nothing is taken from nothing the derivative is 1, not 0.
-    return jnp.where((size > 0) | (by > 0), shrunk, z)
+def _shrink(z: jax.Array, size: jax.Array, by: ArrayLike) -> jax.Array:
+    """``z`` with its ``size`` reduced by ``by``, but not below 0."""
+    size, by = wide(size), real_like(by, size)
+    safe = jnp.where(size > 0, size, 1)
+    # Where both are 0, z is unchanged and the derivative is 1.
+    share = jnp.where((size > 0) | (by > 0), jnp.maximum(size - by, 0) / safe, 1)
+    return cast_like(real_like(share, z) * wide(z), z)
 
 
 def _norm(z: jax.Array, axis: int | tuple[int, ...] | None) -> jax.Array:
     """Over ``axis``, with a derivative of 0 at 0; scaled, so that no square overflows."""
+    z = wide(z)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(z), axis=axis, keepdims=True, initial=0))
     zero = largest == 0
     scale = jnp.where(zero | ~jnp.isfinite(largest), 1, largest)
-    unit = z / scale
+    unit = z / real_like(scale, z)
     square = jnp.sum((unit * jnp.conj(unit)).real, axis=axis, keepdims=True)
     return jnp.where(zero, 0, scale * jnp.sqrt(jnp.where(zero, 1, square)))
 
 
-def _check_entries(name: str, tree: Any, low: float, *, high_closed: bool = False) -> None:
-    """Raises ValueError for a leaf that is not a number from ``low`` on or an array of them."""
-    if tree is None:  # a tree without leaves
+def _check_entries(name: str, tree: PyTree, low: float, *, high_closed: bool = False) -> None:
+    """Raises ValueError for a leaf that is not a number of at least ``low`` or an array of them."""
+    # To JAX None is a tree without leaves, so the loop would accept it.
+    if tree is None:
         check_range(name, None, low, high_closed=high_closed)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = name + jax.tree_util.keystr(path)
@@ -352,14 +370,14 @@ def _check_entries(name: str, tree: Any, low: float, *, high_closed: bool = Fals
                 check_range(where, wrong, low, high_closed=high_closed)
 
 
-def _check_order(path: tuple[Any, ...], low: Any, high: Any) -> None:
+def _check_order(path: KeyPath, low: ArrayLike, high: ArrayLike) -> None:
     """Raises ValueError where ``low`` is above ``high``, if both are known."""
     a, b = _known(low), _known(high)
     if a is None or b is None:
         return
     try:
         wrong = np.asarray(a > b)
-    except ValueError:  # of shapes that do not fit, which the prox finds
+    except ValueError:  # the shapes differ; the prox raises a ValueError that names the parameter
         return
     if np.any(wrong):
         a, b = (float(np.broadcast_to(x, wrong.shape)[wrong][0]) for x in (a, b))
@@ -367,17 +385,17 @@ def _check_order(path: tuple[Any, ...], low: Any, high: Any) -> None:
         raise ValueError(f"low{where} must not be above high{where}, got low={a}, high={b}")
 
 
-def _known(leaf: Any) -> Any:
-    """A number or its values in NumPy; None if it is traced or other processes hold some of it."""
+def _known(leaf: ArrayLike) -> Any:
+    """The number or NumPy array; None if it is traced or other processes hold some of it."""
     if isinstance(leaf, Tracer) or not getattr(leaf, "is_fully_addressable", True):
         return None
     return np.asarray(leaf) if hasattr(leaf, "dtype") else leaf
 
 
-def _spread(name: str, prefix: Any, tree: Any) -> Any:
+def _for_each_leaf(name: str, prefix: PyTree, tree: Tree) -> Tree:
     """``prefix`` with an entry for each leaf of ``tree``; ValueError if they do not match."""
     try:
-        spread = jax.tree.broadcast(prefix, tree)
+        entries = jax.tree.broadcast(prefix, tree)
     except ValueError:
         raise ValueError(
             f"{name} must be a number, an array or a tree that is a prefix of params, got "
@@ -385,8 +403,9 @@ def _spread(name: str, prefix: Any, tree: Any) -> Any:
             "entry, and numbers of one array as an array, not a list"
         ) from None
 
-    def check(path: tuple[Any, ...], entry: Any, z: Any) -> None:
+    def check(path: KeyPath, entry: ArrayLike, z: ArrayLike) -> None:
         given, allowed = jnp.shape(entry), jnp.shape(z)
+        # The entry must broadcast to the leaf: in the other direction the leaf would grow.
         try:
             fits = np.broadcast_shapes(given, allowed) == allowed
         except ValueError:
@@ -398,5 +417,5 @@ def _spread(name: str, prefix: Any, tree: Any) -> Any:
                 f"shape {given}; reshape it"
             )
 
-    jax.tree_util.tree_map_with_path(check, spread, tree)
-    return spread
+    jax.tree_util.tree_map_with_path(check, entries, tree)
+    return entries

@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from nag_jax._checks import check_count, check_range
-from nag_jax.rules.rule import check_conditioning
+from nag_jax.rules.rule import check_conditioning, scalar
 
 Step = Any  # a Python int or an integer array
 
@@ -68,10 +68,11 @@ def sutskever(
         )
 
     def schedule(step: Step) -> jax.Array:
-        momentum = jnp.minimum(1 - 0.5 / (jnp.asarray(step // period, float) + 1), max_momentum)
+        periods = jnp.asarray(step // period, float)
+        momentum = jnp.minimum(1 - 0.5 / (periods + 1), scalar(max_momentum))
         if total_steps is None:
             return momentum
-        final = jnp.minimum(momentum, final_momentum)
+        final = jnp.minimum(momentum, scalar(final_momentum))
         return jnp.where(step >= total_steps - final_steps, final, momentum)
 
     return schedule
@@ -106,7 +107,7 @@ def convex(a: float = 2.0) -> optax.Schedule:
 
     def schedule(step: Step) -> jax.Array:
         k = jnp.asarray(jnp.maximum(step - 1, 0), float)
-        return k / (k + (1 + a))
+        return k / (k + (1 + scalar(a)))
 
     return schedule
 

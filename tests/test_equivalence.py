@@ -38,8 +38,16 @@ WRAPPERS = {
     "multisteps": lambda tx: optax.MultiSteps(tx, 3).gradient_transformation(),
     "coupled decay": lambda tx: optax.chain(optax.add_decayed_weights(0.03), tx),
 }
+
+
+def pairwise(firsts, seconds):
+    """Every pair of the two with one of RATES, so that each of them also meets both rates."""
+    numbered = itertools.product(enumerate(firsts), enumerate(seconds))
+    return [(a, b, [*RATES][(i + j) % 2]) for (i, a), (j, b) in numbered]
+
+
 # MultiSteps compiles a cond anew at every eager step: half a minute for these 110.
-PIPELINES = [p for p in itertools.product(MODES, WRAPPERS) if p != ("eager", "multisteps")]
+PIPELINES = [p for p in pairwise(MODES, WRAPPERS) if p[:2] != ("eager", "multisteps")]
 
 
 def problem(dtype):
@@ -98,9 +106,7 @@ def assert_same_numbers(ours, theirs, dtype="float32", mode="jit"):
     chex.assert_trees_all_close(to_wide(actual), to_wide(expected), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "dtype", "rate"), pairwise(MODES, TOLERANCE))
 def test_equals_optax_sgd(mode, dtype, rate, request):
     if dtype == "float64":
         request.getfixturevalue("x64")
@@ -109,8 +115,7 @@ def test_equals_optax_sgd(mode, dtype, rate, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize(("mode", "wrapper"), PIPELINES)
+@pytest.mark.parametrize(("mode", "wrapper", "rate"), PIPELINES)
 def test_equals_optax_sgd_in_a_pipeline(mode, wrapper, rate):
     wrap = WRAPPERS[wrapper]
     theirs = wrap(optax.sgd(RATES[rate], 0.9, nesterov=True))

@@ -470,7 +470,7 @@ def test_errors():
         nag_jax.outer(sgd, 0.7, every=2)
     with pytest.raises(ValueError, match=r"inner must be an optax.GradientTransformation"):
         nag_jax.outer(optax.sgd, nag_jax.nag(0.7), every=2)
-    with pytest.raises(ValueError, match=r"for one worker take nag_jax\.snoo"):
+    with pytest.raises(ValueError, match=r"for one worker use nag_jax\.snoo"):
         nag_jax.diloco(sgd, None)
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1"):
         nag_jax.snoo(sgd, momentum=1.0)

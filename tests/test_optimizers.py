@@ -342,5 +342,5 @@ class TestNagThenSgd:
     def test_bad_arguments_are_named(self):
         with pytest.raises(ValueError, match=r"transition_steps must be in \[0, 11\), got 20"):
             nag_jax.nag_then_sgd(0.1, switch_step=10, transition_steps=20)
-        with pytest.raises(ValueError, match="learning_rate must be a number here"):
+        with pytest.raises(ValueError, match="learning_rate must be a number, since"):
             nag_jax.nag_then_sgd(jumping_rate, switch_step=10)

@@ -282,6 +282,21 @@ def test_flax_optimizer_and_vmapped_states(make):
 
 
 @every_storage
+def test_nag_auto_computes_with_the_numbers_that_were_stored(make):
+    def distances(storage):
+        optimizer = nag_jax.nag_auto(evaluate="iterate", accumulator_dtype=storage)
+
+        def step(carry, _):
+            updates, state = optimizer.update(carry[0] - 3, carry[1], carry[0])
+            return (carry[0] + updates, state), state.distance
+
+        params = jnp.linspace(1.0, 2.0, 64)
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=40)[1]
+
+    np.testing.assert_allclose(distances(make()), distances(None), rtol=0.02)
+
+
+@every_storage
 def test_restart_empties_the_buffer(make):
     kernel = nag_jax.accelerate(
         rules.nesterov(0.9), restart=nag_jax.restart.gradient, accumulator_dtype=make()

@@ -1,7 +1,7 @@
 """The contestants: how each is made, and which second hyperparameter is tuned with its rate."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -61,7 +61,9 @@ def momentum(setting: Setting, largest: Any) -> Any:
     return lambda step: jnp.minimum(shape(step), largest)
 
 
-def _nag(convention: str) -> Callable[[Setting, Hyper], optax.GradientTransformation]:
+def _nag(
+    convention: Literal["optax", "sutskever"],
+) -> Callable[[Setting, Hyper], optax.GradientTransformation]:
     return lambda s, h: nag_jax.nag(
         rate(s, h["rate"]), momentum(s, h["momentum"]), convention=convention
     )

@@ -1,132 +1,191 @@
-"""The loss and gradient of a batch that lies in pieces: micro-batches, devices, a remainder.
+"""The loss and gradient of a batch in pieces: devices, micro-batches and a remainder.
 
-A piece is some rows of the batch, and its loss a mean over them. What the pieces give is summed
-with their weights, over the pieces of a device in a scan, over the devices in one all-reduce, and
-divided by the sum of the weights: the mean over the whole batch, however it was cut.
+A piece is some rows of the batch, and its loss is a mean over them. Loss and gradient of the pieces
+are summed with their weights, over the pieces of a device by a scan and over the devices by one
+all-reduce, and divided by the sum of the weights. The result is the mean over the whole batch,
+however it was divided.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
 from nag_jax._arithmetic import real_like, wide
+from nag_jax._types import ArrayLike, LossFn, Params, PyTree, Scalar
 
 
 class Loss(NamedTuple):
-    """The user's loss, always called alike."""
+    """The user's loss function, called in the same way whatever it takes and returns."""
 
-    function: Callable[..., Any]
+    function: LossFn
     has_aux: bool
-    weight: Callable[[Any], Any] | None  # of a piece; None: its rows
+    weight: Callable[[PyTree], ArrayLike] | None  # of a piece; None: its number of rows
 
-    def __call__(self, params: Any, rest: Any, key: Any, piece: Any) -> tuple[Any, Any]:
-        """``(loss, (rest, aux))``."""
-        given = {} if rest is None else {"model_state": rest}
+    def __call__(
+        self, params: Params, model_state: PyTree, key: jax.Array | None, piece: PyTree
+    ) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
+        """Returns ``(loss, (model_state, aux))``."""
+        given = {} if model_state is None else {"model_state": model_state}
         given |= {} if key is None else {"rng": key}
         out: Any = self.function(params, piece, **given)
-        parts = 1 + self.has_aux + (rest is not None)
+        parts = 1 + self.has_aux + (model_state is not None)
+        # Checked here: otherwise JAX reports a tracer or a tuple deep inside value_and_grad.
         if parts > 1 and not (isinstance(out, tuple) and len(out) == 2):
             wanted = (
-                "(model_state, aux)" if parts == 3 else "aux" if rest is None else "model_state"
-            )
+                "(model_state, aux)"
+                if parts == 3
+                else "aux" if model_state is None else "model_state"
+            )  # fmt: skip
             raise ValueError(f"loss_fn must return (loss, {wanted}) here, got {type(out).__name__}")
-        loss: Any = out[0] if parts > 1 else out
-        second: Any = out[1] if parts > 1 else ()
+        loss, second = cast(tuple[Any, Any], out if parts > 1 else (out, ()))
         if jnp.shape(loss) != ():
             raise ValueError(
                 "loss_fn must return a scalar, the mean over the rows of its batch, got shape "
                 f"{jnp.shape(loss)}"
             )
-        if rest is None:
+        if model_state is None:
             return loss, (None, second)
         return loss, second if self.has_aux else (second, ())
 
-    def weigh(self, piece: Any) -> Any:
+    def weigh(self, piece: PyTree) -> Scalar:
+        """The weight of a piece in the mean over the batch."""
         return float(rows(piece)) if self.weight is None else wide(self.weight(piece))
 
 
 class Mean(NamedTuple):
-    """What a batch gives, all means over its samples."""
+    """Means over the samples of a batch."""
 
     loss: jax.Array
-    gradient: Any  # like params, None where only the loss was wanted
-    aux: Any
-    rest: Any
+    gradient: PyTree  # like params; None if only the loss was wanted
+    aux: PyTree
+    model_state: PyTree
 
 
-def of_whole(loss: Loss, params: Any, rest: Any, key: Any, batch: Any, gradient: bool) -> Mean:
-    """Of a batch in one piece, which may be spread over devices."""
-    value, slope, aux, rest = _evaluate(loss, params, rest, key, batch, gradient)
-    return Mean(wide(value), slope, aux, rest)
+class _Sums(NamedTuple):
+    """Sums over pieces; all but the first are weighted."""
+
+    weight: jax.Array
+    loss: jax.Array
+    gradient: PyTree
+    aux: PyTree
+
+
+class _SumsOf(Protocol):
+    """The sums of one piece, and the model state after it."""
+
+    def __call__(
+        self, model_state: PyTree, number: ArrayLike, piece: PyTree, share: float = 1.0
+    ) -> tuple[_Sums, PyTree]: ...
+
+
+def of_whole(
+    loss: Loss,
+    params: Params,
+    model_state: PyTree,
+    key: jax.Array | None,
+    batch: PyTree,
+    gradient: bool,
+) -> Mean:
+    """The means over a batch in one piece, which may be split over devices."""
+    value, slope, aux, model_state = _evaluate(loss, params, model_state, key, batch, gradient)
+    return Mean(wide(value), slope, aux, model_state)
 
 
 def of_pieces(
     loss: Loss,
-    params: Any,
-    rest: Any,
-    key: Any,
-    micro: Any,
-    extra: Any,
+    params: Params,
+    model_state: PyTree,
+    key: jax.Array | None,
+    micro: PyTree,
+    extra: PyTree,
     gradient: bool,
     axis: str | None = None,
     devices: int = 1,
 ) -> Mean:
-    """Of micro-batches stacked along a leading axis, and of rows ``extra`` that all devices hold.
+    """The means over micro-batches, stacked along a new first axis, and rows ``extra``.
 
-    ``axis``: the mapped axis of the devices, each with micro-batches of its own.
+    ``axis`` is the mapped axis of the devices. Each device has different micro-batches, and all
+    have the same ``extra``.
     """
+    # Different random numbers on each device; without an axis the key is that of the whole batch.
     if axis is not None and key is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
-    def sums(rest: Any, number: Any, piece: Any, share: float) -> Any:
-        """``(weight, weighted loss, gradient and aux)`` and what is left of ``rest``."""
-        own = None if key is None else jax.random.fold_in(key, number)
-        value, slope, aux, rest = _evaluate(loss, params, rest, own, piece, gradient)
+    def sums_of(
+        model_state: PyTree, number: ArrayLike, piece: PyTree, share: float = 1.0
+    ) -> tuple[_Sums, PyTree]:
+        piece_key = None if key is None else jax.random.fold_in(key, number)
+        value, slope, aux, model_state = _evaluate(
+            loss, params, model_state, piece_key, piece, gradient
+        )
         weight = loss.weigh(piece) * share
-        # A piece without samples has a mean of 0/0.
+        # The mean over a piece without samples is 0/0.
         weighted = lambda x: jnp.where(
             weight > 0, real_like(weight, x) * wide(x), jnp.zeros_like(wide(x))
         )
-        return (wide(weight), *jax.tree.map(weighted, (value, slope, aux))), rest
+        return _Sums(wide(weight), *jax.tree.map(weighted, (value, slope, aux))), model_state
+
+    total, model_state = _over_micro_batches(sums_of, model_state, micro)
+    if jax.tree.leaves(extra):
+        # All devices compute these rows, so that each contributes 1/devices of them.
+        new, model_state = sums_of(model_state, _count(micro), extra, 1.0 / devices)
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+    assert total is not None  # a batch has rows
+    total, model_state = _over_devices(total, model_state, axis)
+    _, value, slope, aux = jax.tree.map(lambda x: x / real_like(total.weight, x), total)
+    # In the dtypes of params, as jax.grad returns it.
+    if gradient:
+        slope = jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, slope)
+    return Mean(value, slope, aux, model_state)
+
+
+def _over_micro_batches(
+    sums_of: _SumsOf, model_state: PyTree, micro: PyTree
+) -> tuple[_Sums | None, PyTree]:
+    """The sums over the micro-batches, and the model state after the last one."""
+    if not _count(micro):
+        return None, model_state
+    first = jax.tree.map(lambda x: x[0], micro)
+    if _count(micro) == 1:  # nothing to add, so no loop and no accumulators
+        return sums_of(model_state, 0, first)
 
     def add(carry: Any, numbered: Any) -> tuple[Any, None]:
-        (total, rest), (number, piece) = carry, numbered
-        new, rest = sums(rest, number, piece, 1.0)
-        return (jax.tree.map(jnp.add, total, new), rest), None
+        (total, model_state), (number, piece) = carry, numbered
+        new, model_state = sums_of(model_state, number, piece)
+        return (jax.tree.map(jnp.add, total, new), model_state), None
 
-    total, count = None, rows(micro) if jax.tree.leaves(micro) else 0
-    if count == 1:
-        total, rest = sums(rest, 0, jax.tree.map(lambda x: x[0], micro), 1.0)
-    elif count:
-        first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(lambda: sums(rest, 0, first, 1.0)[0])
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (total, rest), _ = jax.lax.scan(add, (zeros, rest), (jnp.arange(count), micro))
-    if jax.tree.leaves(extra):
-        new, rest = sums(rest, count, extra, 1.0 / devices)
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-    assert total is not None
-    # What is no floating number in model_state, such as counts, is alike on all devices.
-    averaged = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-    leaves, structure = jax.tree.flatten(rest)
+    shapes = jax.eval_shape(lambda: sums_of(model_state, 0, first)[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    numbered = jnp.arange(_count(micro)), micro
+    return jax.lax.scan(add, (zeros, model_state), numbered)[0]
+
+
+def _over_devices(total: _Sums, model_state: PyTree, axis: str | None) -> tuple[_Sums, PyTree]:
+    """The sums over devices, and the weighted mean of the model state over them."""
+    # Leaves that are not floating-point, such as counts, are the same on all devices.
+    is_mean = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+    leaves, structure = jax.tree.flatten(model_state)
+    weight = total.weight
     moving = [
-        jnp.where(total[0] > 0, real_like(total[0], x) * wide(x), 0) for x in leaves if averaged(x)
+        jnp.where(weight > 0, real_like(weight, x) * wide(x), 0) for x in leaves if is_mean(x)
     ]
+    # One psum, so that there is one all-reduce.
     if axis is not None:
         total, moving = jax.lax.psum((total, moving), axis)
-    mean = lambda x, sum_: (sum_ / real_like(total[0], sum_)).astype(x.dtype)
-    means = iter(moving)
-    rest = structure.unflatten([mean(x, next(means)) if averaged(x) else x for x in leaves])
-    _, value, slope, aux = jax.tree.map(lambda x: x / real_like(total[0], x), total)
-    if gradient:  # as jax.grad gives it
-        slope = jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, slope)
-    return Mean(value, slope, aux, rest)
+    means = iter([x / real_like(total.weight, x) for x in moving])
+    leaves = [next(means).astype(x.dtype) if is_mean(x) else x for x in leaves]
+    return total, structure.unflatten(leaves)
 
 
-def rows(batch: Any) -> int:
-    """Its number of rows; ValueError where leaves disagree."""
+def _count(micro: PyTree) -> int:
+    """The number of stacked micro-batches."""
+    return rows(micro) if jax.tree.leaves(micro) else 0
+
+
+def rows(batch: PyTree) -> int:
+    """The number of rows of a batch; ValueError if its arrays disagree."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(f"all arrays of a batch need the same number of rows, got shapes {shapes}")
@@ -134,10 +193,19 @@ def rows(batch: Any) -> int:
 
 
 def _evaluate(
-    loss: Loss, params: Any, rest: Any, key: Any, piece: Any, gradient: bool
-) -> tuple[Any, Any, Any, Any]:
+    loss: Loss,
+    params: Params,
+    model_state: PyTree,
+    key: jax.Array | None,
+    piece: PyTree,
+    gradient: bool,
+) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
+    """The loss, gradient (None if not wanted), aux and model state of one piece."""
     if not gradient:
-        value, (rest, aux) = loss(params, rest, key, piece)
-        return value, None, aux, rest
-    (value, (rest, aux)), slope = jax.value_and_grad(loss, has_aux=True)(params, rest, key, piece)
-    return value, jax.tree.map(jnp.conj, slope), aux, rest
+        value, (model_state, aux) = loss(params, model_state, key, piece)
+        return value, None, aux, model_state
+    (value, (model_state, aux)), slope = jax.value_and_grad(loss, has_aux=True)(
+        params, model_state, key, piece
+    )
+    # The direction of steepest ascent of complex parameters is the conjugate of JAX's gradient.
+    return value, jax.tree.map(jnp.conj, slope), aux, model_state

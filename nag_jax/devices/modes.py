@@ -1,28 +1,30 @@
-"""How a batch is divided over devices, and its mean loss and gradient computed, in each mode."""
+"""How each mode divides a batch over devices and computes the mean loss and gradient."""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.stages import Lowered, Wrapped
 
+from nag_jax._types import ArrayLike, Mode, Params, PyTree, Tree
 from nag_jax.devices import gradients
 from nag_jax.devices.placement import place, spec_on
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """The devices along one axis of a mesh, and how they are made to work together."""
+    """The devices along one axis of a mesh, and the mechanism that runs a step on them."""
 
     mesh: Mesh
     axis: str
-    mode: str  # "jit", "shard_map" or "pmap"
-    accumulate: int  # micro-batches of a device
+    mode: Mode
+    accumulate: int  # micro-batches per device
 
     @property
     def count(self) -> int:
@@ -40,18 +42,19 @@ class Devices:
     def on_cpu(self) -> bool:
         return self.mesh.devices.flat[0].platform == "cpu"
 
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """The mesh of the step in place of one that the caller has set, if any; not inside jit."""
+    def context(self) -> contextlib.AbstractContextManager[object]:
+        """Replaces a mesh that the caller has set by the mesh of the step; not inside jit."""
         if jax.sharding.get_abstract_mesh().empty:
             return contextlib.nullcontext()
         return jax.set_mesh(self.mesh)
 
-    def check_traced(self, tree: Any) -> None:
-        """Raises ValueError where ``jax.set_mesh`` or traced arrays allow no mesh but their own."""
+    def check_traced(self, tree: PyTree) -> None:
+        """Raises ValueError if ``jax.set_mesh`` or traced arrays do not allow this mesh."""
         kinds = lambda mesh: list(zip(mesh.shape_tuple, mesh.axis_types, strict=True))
         traced = [x for x in jax.tree.leaves(tree) if isinstance(x, Tracer)]
         context, own = jax.sharding.get_abstract_mesh(), kinds(self.mesh)
         for mesh in (context, *(jax.typeof(x).sharding.mesh for x in traced)):
+            # Manual axes are those of a shard_map around the step, which may differ.
             axes = [axis for axis in kinds(mesh) if axis[1] != AxisType.Manual]
             explicit = AxisType.Explicit in {kind for _, kind in own + axes}
             if (explicit or mesh is context) and any(axis not in own for axis in axes):
@@ -60,39 +63,42 @@ class Devices:
                     f"with arrays, of {mesh}; pass that mesh to train_step"
                 )
 
-    def sharding(self, x: Any) -> NamedSharding:
-        """Where x is to lie: split over the mesh as it is, else whole on every device."""
+    def sharding(self, x: ArrayLike) -> NamedSharding:
+        """The sharding of ``x`` in a step: its own if ``x`` is split over the mesh, else whole."""
         spec = spec_on(self.mesh, x)
         return NamedSharding(self.mesh, spec) if any(spec) else self.whole
 
-    def put(self, tree: Any, apart_from: Any = ()) -> Any:
-        """On the mesh, no two leaves in one buffer, none in one of ``apart_from``: all are donated.
+    def put(self, tree: Tree, apart_from: PyTree = ()) -> Tree:
+        """Moves ``tree`` to the mesh, for a step that donates all of it.
 
-        What is on the mesh stays, anything else is copied.
+        No two leaves share a buffer with each other or with ``apart_from``. Arrays that are on the
+        mesh already are not copied, all others are.
         """
         seen = {id(x) for x in jax.tree.leaves(apart_from)}
 
-        def own(x: Any) -> Any:
+        def own(x: jax.Array) -> jax.Array:
             mine = self._holds(x) and id(x) not in seen
             seen.add(id(x))
-            if mine and self.mode == "pmap":
+            if mine and self.mode == "pmap":  # which also takes other shardings
                 return x
             moved = jax.device_put(x, self.sharding(x))
-            return moved if mine else jnp.copy(moved)  # moved alone may share the buffer
+            # device_put alone may return an array that shares the buffer of x.
+            return moved if mine else jnp.copy(moved)
 
         return jax.tree.map(own, tree)
 
-    def _holds(self, x: Any) -> bool:
+    def _holds(self, x: ArrayLike) -> bool:
+        """Whether ``x`` is an array on the devices of the mesh."""
         sharding = getattr(x, "sharding", None)
         if isinstance(sharding, NamedSharding):
             return sharding.mesh == self.mesh
         if sharding is None or self.mode != "pmap" or isinstance(sharding, SingleDeviceSharding):
             return False
-        # What pmap returns has a sharding of its own in jax 0.7.
+        # In jax 0.7 the arrays that pmap returns have a PmapSharding.
         return sharding.is_fully_replicated and sharding.device_set == set(self.mesh.devices.flat)
 
-    def splits(self, params: Any) -> bool:
-        """Whether some of params are split along the axis, as far as can be seen."""
+    def splits(self, params: Params) -> bool:
+        """Whether some of params are split along the axis, as far as it is known."""
         if any(self._is_split(p) for p in jax.tree.leaves(params)):
             if self.mode != "jit":
                 raise ValueError(
@@ -102,48 +108,59 @@ class Devices:
             return True
         return False
 
-    def _is_split(self, x: Any) -> bool:
+    def _is_split(self, x: ArrayLike) -> bool:
         sharding = getattr(jax.typeof(x) if isinstance(x, Tracer) else x, "sharding", None)
         named = isinstance(sharding, NamedSharding)
         return named and self.axis in jax.tree.leaves(tuple(sharding.spec))
 
-    def divide(self, batch: Any) -> tuple[Any, Any]:
-        """The rows that divide evenly, and the few that are left, None where there are none."""
+    def divide(self, batch: PyTree) -> tuple[PyTree, PyTree]:
+        """The rows that divide evenly over devices and micro-batches, and the remaining rows.
+
+        Either is None if there are no such rows.
+        """
         count = gradients.rows(batch)
         even = count - count % (self.count * self.accumulate)
         if self._whole_batch or even == count:
-            return self._lay(batch), None
+            return self._to_devices(batch), None
         batch = jax.tree.map(self._sliceable, batch)
         main = jax.tree.map(lambda x: x[:even], batch) if even else None
-        return self._lay(main), jax.tree.map(lambda x: self._move(x[even:], self.whole), batch)
+        extra = jax.tree.map(lambda x: self._move(x[even:], self.whole), batch)
+        return self._to_devices(main), extra
 
-    def _sliceable(self, x: Any) -> Any:
-        """``x`` where any of its rows can be taken, on the devices of the mesh or on the host."""
+    def _sliceable(self, x: ArrayLike) -> ArrayLike:
+        """``x`` in a place where it may be sliced: on the devices of the mesh or on the host."""
+        # Explicit axes refuse slices of a split dimension.
         free = AxisType.Explicit not in self.mesh.axis_types and self._holds(x)
         return x if free or not isinstance(x, jax.Array) else self._move(x, self.whole)
 
-    def _lay(self, batch: Any) -> Any:
-        """Over the devices by rows if these divide evenly, else whole on each."""
+    def _to_devices(self, batch: PyTree) -> PyTree:
+        """The batch split over the devices by rows if these divide evenly, otherwise replicated."""
         even = batch is not None and gradients.rows(batch) % self.count == 0
         return jax.tree.map(lambda x: self._move(x, self.rows if even else self.whole), batch)
 
-    def _move(self, x: Any, sharding: NamedSharding) -> Any:
-        if isinstance(x, Tracer):  # which only Explicit axes keep from being sliced at will
+    def _move(self, x: ArrayLike, sharding: NamedSharding) -> ArrayLike:
+        # Of traced arrays under Auto axes XLA chooses the placement.
+        if isinstance(x, Tracer):
             return place(x, sharding) if AxisType.Explicit in self.mesh.axis_types else x
+        # An array of this process alone cannot be moved to the devices of others.
         if not sharding.is_fully_addressable and getattr(x, "is_fully_addressable", True):
             raise ValueError(
-                "of several processes each passes a batch of global arrays: make them of its own "
-                "rows by jax.make_array_from_process_local_data"
+                "with several processes a batch must consist of global arrays, got an array of one "
+                "process; make it by jax.make_array_from_process_local_data"
             )
         return place(x, sharding)
 
     @property
     def _whole_batch(self) -> bool:
+        """Whether the loss sees the whole batch at once."""
         return self.mode == "jit" and self.accumulate == 1
 
-    def compile(self, update: Callable[..., Any], kept: Any) -> Callable[..., Any]:
-        """``update`` with params and state donated, and back where they were, ``kept``."""
+    def compile(
+        self, update: Callable[..., PyTree], kept: tuple[PyTree, PyTree]
+    ) -> "Wrapped | Pmapped":
+        """Compiles ``update``, with params and state donated and returned in shardings ``kept``."""
         if self.mode == "pmap":
+            # The first argument has a row for each device, see Pmapped.
             mapped = jax.pmap(
                 lambda _, *arguments: update(*arguments),
                 axis_name=self.axis,
@@ -160,35 +177,38 @@ class Devices:
         self,
         loss: gradients.Loss,
         split: bool,
-        params: Any,
-        rest: Any,
-        key: Any,
-        main: Any,
-        extra: Any,
+        params: Params,
+        model_state: PyTree,
+        key: jax.Array | None,
+        main: PyTree,
+        extra: PyTree,
         gradient: bool = True,
     ) -> gradients.Mean:
-        """Of the whole batch, the same on all devices; ``split``: whether params are."""
+        """The means over the whole batch; ``split`` is whether params are split along the axis."""
         if self._whole_batch:
-            return gradients.of_whole(loss, params, rest, key, self._spread(main), gradient)
+            batch = self._split_rows(main)
+            return gradients.of_whole(loss, params, model_state, key, batch, gradient)
         if split:
-            return gradients.of_pieces(
-                loss, params, rest, key, self._interleaved(main), extra, gradient
-            )
+            # shard_map would gather the params, so XLA divides the work also with micro-batches.
+            micro = self._interleaved(main)
+            return gradients.of_pieces(loss, params, model_state, key, micro, extra, gradient)
 
-        def local(params: Any, rest: Any, key: Any, main: Any, extra: Any) -> gradients.Mean:
+        def local(
+            params: Params, model_state: PyTree, key: jax.Array | None, main: PyTree, extra: PyTree
+        ) -> gradients.Mean:
             micro = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), main)
             return gradients.of_pieces(
-                loss, params, rest, key, micro, extra, gradient, self.axis, self.count
+                loss, params, model_state, key, micro, extra, gradient, self.axis, self.count
             )
 
         if self.mode == "pmap":
-            return local(params, rest, key, main, extra)
-        # Explicit axes let nothing be moved silently.
+            return local(params, model_state, key, main, extra)
+        # shard_map does not move arrays of Explicit axes to the shardings that it needs.
         main = jax.tree.map(lambda x: place(x, self.rows), main)
         extra = jax.tree.map(lambda x: place(x, self.whole), extra)
         whole, rows = PartitionSpec(), PartitionSpec(self.axis)
-        # Unchecked, gradients are those of each device, whatever collectives the loss has of its
-        # own. Checked, JAX would add them up over devices before this module does.
+        # Unchecked, the gradient is that of the device, whatever collectives the loss contains. If
+        # checked, JAX itself would sum the gradient over devices, before the weights are applied.
         mapped = jax.shard_map(
             local,
             mesh=self.mesh,
@@ -197,34 +217,38 @@ class Devices:
             axis_names={self.axis},
             check_vma=False,
         )
-        return mapped(params, rest, key, main, extra)
+        return mapped(params, model_state, key, main, extra)
 
-    def _spread(self, batch: Any) -> Any:
+    def _split_rows(self, batch: PyTree) -> PyTree:
+        """A traced batch split over the devices by rows."""
         explicit = AxisType.Explicit in self.mesh.axis_types
-        if explicit and gradients.rows(batch) % self.count:
-            return batch  # only Auto axes divide unevenly
+        if explicit and gradients.rows(batch) % self.count:  # only Auto axes divide unevenly
+            return batch
         return jax.tree.map(lambda x: place(x, self.rows), batch)
 
-    def _interleaved(self, batch: Any) -> Any:
+    def _interleaved(self, batch: PyTree) -> PyTree:
         """Micro-batches along a new first axis, each with rows of every device."""
-        spread = NamedSharding(self.mesh, PartitionSpec(None, self.axis))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, self.axis))
+        # Neighbouring rows, which are on one device, go to different micro-batches: nothing moves.
         cut = lambda x: x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
-        return jax.tree.map(lambda x: place(cut(x), spread), batch)
+        return jax.tree.map(lambda x: place(cut(x), sharding), batch)
 
 
 class Pmapped(NamedTuple):
-    """A pmapped step that is called, and lowered, as a jitted one."""
+    """A pmapped step with the calls of a jitted one."""
 
-    mapped: Any
+    mapped: Wrapped
     devices: int
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: PyTree) -> PyTree:
         return self.mapped(*self._stacked(*arguments))
 
-    def lower(self, *arguments: Any) -> Any:
+    def lower(self, *arguments: PyTree) -> Lowered:
         return self.mapped.lower(*self._stacked(*arguments))
 
-    def _stacked(self, params: Any, state: Any, main: Any, extra: Any) -> Any:
-        """One more argument along the devices, since the batch may have too few rows for them."""
+    def _stacked(
+        self, params: PyTree, state: PyTree, main: PyTree, extra: PyTree
+    ) -> tuple[PyTree, ...]:
+        # pmap needs one argument with a row for each device, and main may be None.
         main = jax.tree.map(lambda x: x.reshape(self.devices, -1, *x.shape[1:]), main)
         return np.arange(self.devices), params, state, main, extra

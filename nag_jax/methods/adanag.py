@@ -133,10 +133,8 @@ def adanag(
         last = map_gradients(lambda g, last: last, g, state.gradient)
         moved = map_gradients(lambda g, m: wide(m) - real_like(lr, g) * g, last, state.kernel.m)
         curvature = jnp.where(first, 0, _curvature(g, last, moved, value, state.value, dot))
-        probe = (
-            _PROBE * guess(value, dot(g, g)) if initial is None else jnp.asarray(initial, lr.dtype)
-        )
-        new_lr = jnp.where(first, probe, _learning_rate(k, lr, curvature))
+        probe = _PROBE * guess(value, dot(g, g)) if initial is None else initial
+        new_lr = jnp.where(first, jnp.asarray(probe, lr.dtype), _learning_rate(k, lr, curvature))
 
         # The second call steps from where the first one was, by the gradient there.
         g = map_gradients(lambda g, last: jnp.where(second, last, wide(g)), g, last)

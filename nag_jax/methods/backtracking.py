@@ -28,6 +28,7 @@ from nag_jax.kernel import shifted
 from nag_jax.precision import storage
 from nag_jax.proximal import Prox
 from nag_jax.restart import decision
+from nag_jax.rules.rule import scalar
 
 _ROUNDING = 4  # of values, in units of the precision
 _TELLING = 8  # a step this many times above rounding tells whether it was short enough
@@ -175,6 +176,9 @@ def backtracking(
         state = as_arrays(state)
         g, carry = updates, state
         real = carry.learning_rate.dtype
+        at_first, later, shorter = (
+            jnp.asarray(scalar(factor), real) for factor in (grow_at_first, grow, shrink)
+        )
         dot = lambda a, b: inner_product(a, b, axis_name).astype(real)
         value = given_scalar("value", value).astype(real)
         rounding = _ROUNDING * _rounding(value, g, trained(params, state.m), dot)
@@ -202,12 +206,12 @@ def backtracking(
         mass = carry.t * (carry.t - 1) * carry.learning_rate
         t = _corrected(mass, start)
         floor = jnp.where(still, 0, start * (t - 1) / t)
-        lr, ok, telling, n = search(test, start, up=still, blind=first, floor=floor, shrink=shrink)
+        lr, ok, telling, n = search(test, start, up=still, blind=first, floor=floor, shrink=shorter)
         u = _step(g, params, prox, lr)
         t = jnp.where(still, _corrected(mass, lr), t)
 
-        factor = jnp.where(carry.retries == 0, grow_at_first, grow)
-        new_lr = within(lr * jnp.where(ok, jnp.where(telling, factor, 1), shrink))
+        factor = jnp.where(carry.retries == 0, at_first, later)
+        new_lr = within(lr * jnp.where(ok, jnp.where(telling, factor, 1), shorter))
         fire, memory = jnp.asarray(False), state.restart
         if restart is not None:
             v = map_gradients(lambda u, m: mix(1.0, m, 1.0, u), u, state.m)

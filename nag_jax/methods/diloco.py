@@ -1,11 +1,10 @@
-"""Lookahead, SNOO and DiLoCo: named optimizers with an outer step."""
-
-from typing import Any
+"""Lookahead, SNOO and DiLoCo, as special cases of ``outer``."""
 
 import optax
 
 from nag_jax._checks import check_range
 from nag_jax._descent import descent
+from nag_jax._types import AxisName, DTypeLike
 from nag_jax.methods.nag import nag
 from nag_jax.methods.outer import outer
 
@@ -15,27 +14,29 @@ def lookahead(
     learning_rate: optax.ScalarOrSchedule = 0.5,
     *,
     every: int = 5,
-    slow_dtype: Any = None,
+    slow_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lookahead: k steps of any optimizer forward, then part of the way back.
+    """Lookahead: after k steps of any optimizer, moves back part of the way to where they began.
 
-    ``outer(inner, optax.sgd(learning_rate), every=every)``. ``optax.lookahead`` is the same method
-    with a pair of trees in place of params; the iterate to evaluate is ``eval_params``.
+    This is ``outer(inner, optax.sgd(learning_rate), every=every)``, see :func:`nag_jax.outer`.
+    ``optax.lookahead`` is the same method on a pair of trees; here params are one plain tree, and
+    ``eval_params`` gives the iterate to evaluate.
 
     Args:
-      inner: the optimizer, learning rate included.
+      inner: the optimizer that makes the k steps, including its learning rate.
       learning_rate: of the slow weights, at least 0, usually below 1, or a schedule of the outer
         step.
-      every: k, inner steps per outer step, at least 1.
-      slow_dtype: as in ``outer``.
+      every: k, the number of inner steps per outer step, at least 1.
+      slow_dtype: floating or complex dtype of the slow copy; None: that of each parameter.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for numbers out of range, or an inner that is not a gradient transformation.
 
-    >>> optimizer = nag_jax.lookahead(optax.adam(1e-3))
+    Example:
+      >>> optimizer = nag_jax.lookahead(optax.adam(1e-3))
 
     References:
       Zhang, Lucas, Hinton, Ba, Lookahead optimizer: k steps forward, 1 step back, 2019,
@@ -51,25 +52,30 @@ def snoo(
     momentum: optax.ScalarOrSchedule = 0.37,
     *,
     every: int = 28,
-    slow_dtype: Any = None,
+    slow_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SNOO: Nesterov's momentum on the displacement of k steps of any optimizer, on one worker.
 
-    ``outer(inner, nag(learning_rate, momentum), every=every)``, with the defaults of the authors'
-    code. That code makes its first outer step after the first inner one; here it is after k.
+    This is ``outer(inner, nag(learning_rate, momentum), every=every)`` with the defaults of the
+    authors' code, see :func:`nag_jax.outer`. That code makes its first outer step after the first
+    inner step; here it is made after k.
 
     Args:
-      inner: as in :func:`lookahead`; so are every and slow_dtype.
+      inner: the optimizer that makes the k steps, including its learning rate.
       learning_rate: of the outer step, at least 0, or a schedule of the outer step.
       momentum: of the outer step, in [0, 1), or a schedule of the outer step.
+      every: k, the number of inner steps per outer step, at least 1.
+      slow_dtype: floating or complex dtype of the slow copy and the outer momentum; None: that of
+        each parameter.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for numbers out of range, or an inner that is not a gradient transformation.
 
-    >>> optimizer = nag_jax.snoo(optax.adamw(1e-3))
+    Example:
+      >>> optimizer = nag_jax.snoo(optax.adamw(1e-3))
 
     References:
       Kallusky, Rao, Nandavanam, Shi, SNOO: step-K Nesterov outer optimizer, 2025,
@@ -80,32 +86,38 @@ def snoo(
 
 def diloco(
     inner: optax.GradientTransformation,
-    axis_name: Any,
+    axis_name: AxisName,
     learning_rate: optax.ScalarOrSchedule = 0.7,
     momentum: optax.ScalarOrSchedule = 0.9,
     *,
     every: int = 500,
-    slow_dtype: Any = None,
+    slow_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """DiLoCo: workers train on their own and meet every H steps, in a Nesterov step.
+    """DiLoCo: workers train independently and synchronize every H steps by a Nesterov step.
 
-    ``outer(inner, nag(learning_rate, momentum), every=every, axis_name=axis_name)``: what is
-    communicated is one mean of a params-sized float32 tree in H steps. MuLoCo is
-    ``diloco(optax.contrib.muon(...), axis_name)``. The paper evaluates the slow copy itself,
-    ``state.slow``; ``eval_params`` is Nesterov's iterate that belongs to it.
+    This is ``outer(inner, nag(learning_rate, momentum), every=every, axis_name=axis_name)``, see
+    :func:`nag_jax.outer`. In H steps the workers communicate one mean of a params-sized float32
+    tree. MuLoCo is ``diloco(optax.contrib.muon(...), axis_name)``. The paper evaluates the slow
+    copy, ``state.slow``; ``eval_params`` gives the Nesterov iterate that corresponds to it.
 
     Args:
-      inner: the optimizer of each worker, learning rate included; AdamW in the paper.
+      inner: the optimizer of each worker, including its learning rate; AdamW in the paper.
       axis_name: the axis or axes of the workers, inside ``shard_map``, ``pmap`` or ``vmap``.
-      learning_rate: as in :func:`snoo`; so are momentum, every (H) and slow_dtype.
+      learning_rate: of the outer step, at least 0, or a schedule of the outer step.
+      momentum: of the outer step, in [0, 1), or a schedule of the outer step.
+      every: H, the number of inner steps per outer step, at least 1.
+      slow_dtype: floating or complex dtype of the slow copy and the outer momentum; None: that of
+        each parameter.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
-      ValueError: for numbers out of range or no axis.
+      ValueError: for numbers out of range, an inner that is not a gradient transformation, or if
+        axis_name is None.
 
-    >>> optimizer = nag_jax.diloco(optax.adamw(1e-3), "workers")
+    Example:
+      >>> optimizer = nag_jax.diloco(optax.adamw(1e-3), "workers")
 
     References:
       Douillard et al., DiLoCo: distributed low-communication training of language models, 2023,
@@ -114,7 +126,7 @@ def diloco(
     if axis_name is None:
         raise ValueError(
             "axis_name must be the axis of the workers in shard_map, pmap or vmap, got None; for "
-            "one worker take nag_jax.snoo"
+            "one worker use nag_jax.snoo"
         )
     return outer(
         inner,

@@ -1,7 +1,7 @@
-"""FISTA that never gets worse: a kernel of its own, since it evaluates a step before taking it."""
+"""Monotone FISTA. It is not a rule, because it evaluates the objective before accepting a step."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,44 +19,48 @@ from nag_jax._arithmetic import (
 )
 from nag_jax._checks import as_static, given_params, given_scalar
 from nag_jax._paths import only_scalar
+from nag_jax._types import ArrayLike, Params, PyTree, Updates, transformation
 from nag_jax.kernel import shifted
 
 
 class MonotoneState(NamedTuple):
     """State of :func:`monotone_fista`."""
 
-    m: optax.Updates  # params - x, like params; float32 at least
+    m: Params  # params - x, like params; float32 at least
     t: jax.Array  # FISTA's t, shape=(), default float dtype
     best: jax.Array  # the objective at x, shape=(), default float dtype
 
-    def iterate(self, params: optax.Params) -> optax.Params:
+    def iterate(self, params: Params) -> Params:
         """Returns x, for :func:`eval_params`."""
-        only_scalar(self.t)
+        only_scalar(self.t)  # raises for a stack of states
         return shifted(params, self.m, -1.0)
 
 
-def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
-    r"""MFISTA: FISTA whose evaluated iterate never gets worse, for one more evaluation per step.
+def monotone_fista(
+    objective: Callable[[PyTree], ArrayLike],
+) -> optax.GradientTransformationExtraArgs:
+    r"""MFISTA: FISTA with an objective that never increases, for one more evaluation per step.
 
     .. math::
         z = y + u, \qquad x' = \arg\min_{\{z, x\}} F, \qquad
         y' = x' + \frac{t}{t'} (z - x') + \frac{t - 1}{t'} (x' - x)
 
-    with FISTA's t and FISTA's bound. It takes the place of ``accelerate(rules.fista())``. In the
-    kernel's terms, with w = m + u: m' = (t-1)/t' w and update = u + m' if z is taken, else
+    with FISTA's t and FISTA's bound. Use it instead of ``accelerate(rules.fista())``. In the terms
+    of the kernel, with w = m + u: if z is accepted, m' = (t-1)/t' w and update = u + m'; otherwise
     m' = t/t' w and update = m' - m.
 
-    The buffer, x and z are float32 at least, and F(x) grows by no more than their rounding. For
-    bfloat16 params ``eval_params`` returns x rounded to them, where F may grow (x itself for a
-    float32 copy of params), and y stops where steps are below half a unit of its last place, long
-    before float32 params do. F is not evaluated at the start, so the first step is always taken.
+    The buffer, x and z have at least float32, and F(x) increases by no more than their rounding. If
+    params are bfloat16, ``eval_params`` rounds x to bfloat16, where F may increase (give it a
+    float32 copy of params for x itself), and y stops where steps are below half a unit in its last
+    place, much earlier than in float32. F is not evaluated at the start, so the first step is
+    always accepted.
 
     Args:
-      objective: ``F(tree) -> scalar``, the loss with its penalty, finite at proximal points; the
-        tree is like params, in float32 at least where there is a gradient.
+      objective: ``F(tree) -> scalar``, the loss plus the penalty, finite at proximal points. The
+        tree is like params, in at least float32 where there is a gradient.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
       ValueError: if objective is not a function; from init, if a parameter is neither
@@ -78,12 +82,13 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
             f"{as_static('objective')}"
         )
 
-    def init(params: optax.Params) -> MonotoneState:
+    def init(params: Params) -> MonotoneState:
+        # With infinity as the best value so far, the first step is always accepted.
         return MonotoneState(wide_zeros(params), jnp.ones([], float), jnp.full([], jnp.inf, float))
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, MonotoneState]:
+        updates: Updates, state: MonotoneState, params: Params | None = None, **extra_args: object
+    ) -> tuple[Updates, MonotoneState]:
         del extra_args
         params = given_params("monotone_fista", params)
         state = as_arrays(state)
@@ -94,16 +99,17 @@ def monotone_fista(objective: Callable[[Any], Any]) -> optax.GradientTransformat
         accept = value <= best
         new = (1 + jnp.sqrt(1 + 4 * t * t)) / 2
         scale = jnp.where(accept, t - 1, t) / new
+        # m' and the update of the docstring, for both cases in one expression.
         m = map_gradients(lambda u, m: real_like(scale, m) * (m + u), steps, state.m)
         moves = map_gradients(
             lambda u, old, new: jnp.where(accept, u, -old) + new, steps, state.m, m
         )
         updates = map_gradients(lambda u, move: cast_like(move, u), updates, moves)
-        # What low-precision params round away goes into the buffer, so that x is not rounded.
+        # The buffer takes up what rounding removes from low-precision params, so that x is exact.
         m = map_gradients(
             lambda u, p, move, m, old: (m + (applied(u, p) - move)).astype(old.dtype),
             updates, params, moves, m, state.m,
         )  # fmt: skip
         return updates, MonotoneState(filled(m, state.m), new, jnp.where(accept, value, best))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

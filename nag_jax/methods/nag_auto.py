@@ -90,7 +90,8 @@ def nag_auto(
         the place of a decay of the learning rate, at the price of a buffer. "iterate": x, as for
         ``nag``; meant for a learning rate that decays to 0.
       axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``.
-      accumulator_dtype: floating dtype of the momentum; None: that of each parameter.
+      accumulator_dtype: floating dtype of the momentum, or a storage that needs less memory, such
+        as ``nag_jax.int8_blocks()``; None: the dtype of each parameter.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Its state holds

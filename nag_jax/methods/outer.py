@@ -1,4 +1,4 @@
-"""Local training: an outer optimizer on the displacement of H inner steps of many workers."""
+"""Local training: an outer optimizer on the displacement of H inner steps of each worker."""
 
 from typing import Any, NamedTuple
 
@@ -24,22 +24,34 @@ from nag_jax._checks import (
     check_trainable,
     given_params,
 )
-from nag_jax._paths import only_scalar
+from nag_jax._paths import by_path, only_scalar
+from nag_jax._types import (
+    ArrayLike,
+    AxisName,
+    DTypeLike,
+    KeyPath,
+    Leaf,
+    OptState,
+    Params,
+    PyTree,
+    Updates,
+    transformation,
+)
 from nag_jax.evaluation import evaluated
 
 
 class OuterState(NamedTuple):
     """State of :func:`outer`."""
 
-    inner: Any  # of the inner optimizer; kept over outer steps
-    slow: optax.Params  # where the round began, like params; their dtype, or slow_dtype
-    outer: Any  # of the outer optimizer
+    inner: OptState  # of the inner optimizer; an outer step does not reset it
+    slow: Params  # params at the last outer step, like params; their dtype, or slow_dtype
+    outer: OptState  # of the outer optimizer
     steps: jax.Array  # inner steps since the last outer step, shape=(), int32
 
-    def iterate(self, params: optax.Params) -> optax.Params:
+    def iterate(self, params: Params) -> Params:
         """Returns the outer optimizer's iterate of the last outer step, for :func:`eval_params`."""
         del params
-        only_scalar(self.steps)
+        only_scalar(self.steps)  # raises for a stack of states
         return evaluated(self.slow, self.outer)
 
 
@@ -48,69 +60,71 @@ def outer(
     outer_optimizer: optax.GradientTransformation,
     *,
     every: int,
-    axis_name: Any = None,
-    slow_dtype: Any = None,
+    axis_name: AxisName | None = None,
+    slow_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""An outer optimizer whose gradient is the displacement of H steps of an inner one.
+    r"""Applies an outer optimizer to the displacement of every H steps of an inner one.
 
     Worker i starts a round at the slow copy :math:`\theta` and takes H steps of ``inner`` to
-    :math:`\theta_i`. Then, as part of the update of step H, 2H, ... and not before,
+    :math:`\theta_i`. The update of each step H, 2H, ... includes the outer step
 
     .. math::
         \Delta = \theta - \frac{1}{K} \sum_{i=1}^{K} \theta_i, \qquad
         \theta' = \theta + \mathrm{outer}(\Delta), \qquad \theta_i' = \theta'
 
-    One transformation has four names: with ``optax.sgd(0.5)`` as the outer optimizer it is
-    Lookahead, with ``nag(lr, momentum)`` on one worker SNOO, on many DiLoCo, and with Muon inside
-    MuLoCo (``nag_jax.lookahead``, ``snoo`` and ``diloco`` have the defaults of the papers). Params
-    are the worker's own :math:`\theta_i`, a plain tree; the inner state is kept over rounds.
-    ``eval_params`` is the outer iterate of the last outer step, the same on all workers.
+    Lookahead, SNOO, DiLoCo and MuLoCo are special cases: Lookahead has ``optax.sgd(0.5)`` as the
+    outer optimizer, SNOO has ``nag(lr, momentum)`` on one worker, DiLoCo has it on several, and
+    MuLoCo is DiLoCo with Muon as the inner optimizer. ``nag_jax.lookahead``, ``snoo`` and
+    ``diloco`` have the defaults of the papers. Params are each worker's :math:`\theta_i`, a plain
+    tree. The inner state is kept from round to round. ``eval_params`` is the outer optimizer's
+    iterate of the last outer step, the same on all workers.
 
-    Between two outer steps nothing is communicated: the mean is in a branch that other steps do not
-    take. Where a branch will not do (under ``vmap`` it is a select, which computes both sides), say
-    which step it is with a Python bool, ``update(..., sync=False)`` or ``sync=True``: then the
-    program of an inner step has no collective in it at all, and ``every`` is not looked at.
+    Between outer steps nothing is communicated: the mean is in a branch that other steps do not
+    take. If a run-time branch is unsuitable (under ``vmap`` both sides are computed), pass a Python
+    bool, ``update(..., sync=True)`` or ``sync=False``. The compiled inner step then contains no
+    collective, and ``every`` is ignored.
 
-    Adding an update rounds, so that params may be off the slow copy by an ulp or so of what they
-    were before. The state is the same on all workers bit for bit; :func:`resynchronize` makes
-    params so, too.
+    The state is bit for bit the same on all workers. Params may differ in the last bit after an
+    outer step, since the addition of an update is rounded; :func:`resynchronize` corrects this.
 
     Args:
-      inner: the optimizer of each worker. It gets what ``update`` is given beyond ``sync``.
-      outer_optimizer: from ``optax`` or here, for the gradient :math:`\Delta`; its schedules count
-        outer steps.
-      every: H, an int of at least 1: inner steps per outer step.
-      axis_name: inside ``shard_map``, ``pmap`` or ``vmap``, the axis or axes of the workers, each
-        with params and state of its own (a row of a stack); None: one worker.
-      slow_dtype: floating or complex dtype of the slow copy, and so of the buffers of the outer
-        optimizer; None: that of each parameter. With bfloat16 params float32 keeps what an outer
-        step would lose to rounding; a narrower one rounds the model itself at each outer step.
+      inner: the optimizer of each worker, including its learning rate. It receives all extra
+        arguments of ``update`` except ``sync``.
+      outer_optimizer: any gradient transformation, for the gradient :math:`\Delta`; its schedules
+        count outer steps.
+      every: H, the number of inner steps per outer step, at least 1.
+      axis_name: inside ``shard_map``, ``pmap`` or ``vmap``, the axis or axes of the workers, which
+        have different params and states (rows of a stack); None: one worker.
+      slow_dtype: floating or complex dtype of the slow copy, and therefore of the buffers of the
+        outer optimizer; None: that of each parameter. With bfloat16 params float32 preserves what
+        an outer step would lose to rounding; a narrower dtype rounds the model at each outer step.
         Complex parameters keep a complex copy of at least that precision, real ones a real copy.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Its state holds a
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Its state holds a
       copy of params and both optimizers' states.
 
     Raises:
-      ValueError: for an every below 1, a slow_dtype that is not floating or an optimizer that is
-        none; from init, if a parameter is neither floating-point nor complex; from update, if it is
-        called without params.
+      ValueError: if every is below 1, slow_dtype is neither a floating nor a complex dtype, or
+        inner or outer_optimizer is not a gradient transformation; from init, if a parameter is
+        neither floating-point nor complex; from update, without params.
 
-    The point: on a valley that is steep one way, plain descent crawls along the other. Looking back
-    at 10 of its steps at a time is enough to accelerate it.
+    Example:
+      In a narrow valley gradient descent is slow along the flat direction. An outer step after
+      every 10 of its steps accelerates it:
 
-    >>> curvature, steps = jnp.array([1.0, 0.001]), 300
-    >>> descent = optax.sgd(1.0)
-    >>> snoo = nag_jax.outer(descent, nag_jax.nag(1.0, 0.9), every=10)
-    >>> for name, optimizer in {"descent": descent, "with nag outside": snoo}.items():
-    ...     def step(carry, _):
-    ...         updates, state = optimizer.update(curvature * carry[0], carry[1], carry[0])
-    ...         return (optax.apply_updates(carry[0], updates), state), None
-    ...     start = jnp.ones(2)
-    ...     (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
-    ...     print(f"{name:16} {jnp.sum(curvature * params**2) / 2:.0e}")
-    descent          3e-04
-    with nag outside 5e-06
+      >>> curvature, steps = jnp.array([1.0, 0.001]), 300
+      >>> descent = optax.sgd(1.0)
+      >>> snoo = nag_jax.outer(descent, nag_jax.nag(1.0, 0.9), every=10)
+      >>> for name, optimizer in {"descent": descent, "with nag outside": snoo}.items():
+      ...     def step(carry, _):
+      ...         updates, state = optimizer.update(curvature * carry[0], carry[1], carry[0])
+      ...         return (optax.apply_updates(carry[0], updates), state), None
+      ...     start = jnp.ones(2)
+      ...     (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
+      ...     print(f"{name:16} {jnp.sum(curvature * params**2) / 2:.0e}")
+      descent          3e-04
+      with nag outside 5e-06
 
     References:
       Zhang, Lucas, Hinton, Ba, Lookahead optimizer: k steps forward, 1 step back, 2019,
@@ -126,83 +140,97 @@ def outer(
     inner = optax.with_extra_args_support(inner)
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)
 
-    def init(params: optax.Params) -> OuterState:
+    def init(params: Params) -> OuterState:
         check_trainable("the outer step", params)
-        slow = jax.tree.map(lambda p: _copy(p, slow_dtype), params)
+        slow = jax.tree.map(lambda p: _slow_copy(p, slow_dtype), params)
         start = jnp.zeros([], jnp.int32)
         return OuterState(inner.init(params), slow, outer_optimizer.init(slow), start)
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
+        updates: Updates,
+        state: OuterState,
+        params: Params | None = None,
         *,
-        sync: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, OuterState]:
+        sync: bool | jax.Array | None = None,
+        **extra_args: object,
+    ) -> tuple[Updates, OuterState]:
         params, state = given_params("outer", params), as_arrays(state)
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
-        updates = jax.tree.map(jnp.asarray, updates)  # of a Python number it may be one
+        # The update of a Python number may be one, and both branches must return the same types.
+        updates = jax.tree.map(jnp.asarray, updates)
         steps = jnp.asarray(optax.safe_increment(state.steps))
 
-        def stay(updates: Any, slow: Any, outer_state: Any) -> Any:
-            return updates, slow, outer_state
+        def stay(*unchanged: PyTree) -> tuple[PyTree, ...]:
+            return unchanged
 
-        def meet(updates: Any, slow: Any, outer_state: Any) -> Any:
-            gradient = map_gradients(
-                # From where the round began: the slow copy as params hold it.
-                lambda u, p, s: wide(s.astype(dtype_of(p))) - (wide(p) + wide(u)),
-                updates,
-                params,
-                slow,
-            )
-            if axis_name is not None:
-                gradient = jax.lax.pmean(gradient, axis_name)
+        def meet(updates: Updates, slow: Params, outer_state: OptState) -> tuple[PyTree, ...]:
+            gradient = _displacement(updates, params, slow, axis_name)
             moves, new_state = outer_optimizer.update(gradient, outer_state, slow)
-            moved = map_gradients(lambda move, s: _like(mix(1.0, s, 1.0, move), s), moves, slow)
-            new_slow = filled(moved, slow)
-            updates = map_gradients(
-                lambda u, p, s: _like(wide(s.astype(dtype_of(p))) - wide(p), u),
-                updates,
-                params,
-                new_slow,
-            )
+            new_slow = _moved(slow, moves)
+            updates = _update_to(new_slow, updates, params)
             return updates, new_slow, jax.tree.map(_like, new_state, outer_state)
 
         due = sync if sync is not None else True if every == 1 else steps >= every
         arguments = updates, state.slow, state.outer
         if isinstance(due, Tracer):
             updates, slow, outer_state = jax.lax.cond(due, meet, stay, *arguments)
-        else:  # outside of jit, where a cond would be compiled at every call
+        else:  # outside of jit, where lax.cond would be compiled at every call
             updates, slow, outer_state = (meet if due else stay)(*arguments)
         steps = _like(jnp.where(due, 0, steps), state.steps)
         return updates, OuterState(inner_state, slow, outer_state, steps)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
-def resynchronize(params: Any, opt_state: Any) -> Any:
-    """Params without the rounding that the addition of an update leaves after an outer step.
+def _displacement(
+    updates: Updates, params: Params, slow: Params, axis_name: AxisName | None
+) -> Updates:
+    """From the mean of the workers' params after ``updates`` back to the start of the round."""
+    # The inner steps began at the slow copy in the dtype of params. What that rounded off is not a
+    # displacement and must not enter the outer momentum.
+    difference = map_gradients(
+        lambda u, p, s: wide(s.astype(dtype_of(p))) - (wide(p) + wide(u)), updates, params, slow
+    )
+    return difference if axis_name is None else jax.lax.pmean(difference, axis_name)
 
-    Call it after ``optax.apply_updates`` where params have to be the same on all workers bit for
-    bit. It returns the slow copy if a round has just begun, else params as they are.
+
+def _moved(slow: Params, moves: Updates) -> Params:
+    """The slow copy after the outer step; unchanged where ``moves`` have None."""
+    return filled(
+        map_gradients(lambda move, s: _like(mix(1.0, s, 1.0, move), s), moves, slow), slow
+    )
+
+
+def _update_to(slow: Params, updates: Updates, params: Params) -> Updates:
+    """The update that brings ``params`` to the slow copy, in the dtypes of ``updates``."""
+    return map_gradients(
+        lambda u, p, s: _like(wide(s.astype(dtype_of(p))) - wide(p), u), updates, params, slow
+    )
+
+
+def resynchronize(params: PyTree, opt_state: OptState) -> PyTree:
+    """Removes the rounding error that params have after an outer step of :func:`outer`.
+
+    Call it after ``optax.apply_updates`` if params must be bit for bit the same on all workers.
 
     Args:
-      params: any pytree, as trained with :func:`outer`.
-      opt_state: the matching state, of :func:`outer` itself or of a chain that holds it.
+      params: the parameters as trained with :func:`outer`, any pytree.
+      opt_state: the state of the same step, of :func:`outer` or of a chain that contains it.
 
     Returns:
-      A pytree like params, same shapes and dtypes.
+      A pytree like params, with the same shapes and dtypes. Directly after an outer step it is the
+      slow copy, otherwise params unchanged.
 
     Raises:
-      ValueError: if opt_state holds no state of ``outer``.
+      ValueError: if opt_state does not contain a state of ``outer``.
 
-    >>> optimizer = nag_jax.lookahead(optax.sgd(0.3), every=1)
-    >>> params = jnp.array([0.1])
-    >>> updates, state = optimizer.update(jnp.array([0.7]), optimizer.init(params), params)
-    >>> params = nag_jax.resynchronize(optax.apply_updates(params, updates), state)
-    >>> bool(params == state.slow)
-    True
+    Example:
+      >>> optimizer = nag_jax.lookahead(optax.sgd(0.3), every=1)
+      >>> params = jnp.array([0.1])
+      >>> updates, state = optimizer.update(jnp.array([0.7]), optimizer.init(params), params)
+      >>> params = nag_jax.resynchronize(optax.apply_updates(params, updates), state)
+      >>> bool(params == state.slow)
+      True
     """
     is_outer = lambda node: isinstance(node, OuterState)
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_outer) if is_outer(s)]
@@ -211,33 +239,43 @@ def resynchronize(params: Any, opt_state: Any) -> Any:
             f"opt_state holds no state of nag_jax.outer, got {jax.tree.structure(opt_state)}; pass "
             "what optimizer.init(params) returned"
         )
+    # More than one where groups of parameters have their own optimizers.
     for state in states:
-        (steps,) = jax.tree.leaves(state.steps)
-        slow = dict(jax.tree_util.tree_leaves_with_path(state.slow))
-        exact = lambda path, p, steps=steps, slow=slow: (
-            jnp.where(steps == 0, slow[path].astype(dtype_of(p)), p) if path in slow else p
-        )
-        params = jax.tree_util.tree_map_with_path(exact, params)
+        params = _resynchronized(params, state)
     return params
 
 
-def _copy(p: Any, slow_dtype: Any) -> Any:
-    """A buffer of its own, so that both can be donated; of an abstract leaf an abstract one."""
+def _resynchronized(params: PyTree, state: OuterState) -> PyTree:
+    (steps,) = jax.tree.leaves(state.steps)  # which may be in a flax variable
+    slow = by_path(state.slow)
+
+    def exact(path: KeyPath, p: jax.Array) -> jax.Array:
+        if path not in slow:
+            return p
+        # A select, since under jit it is not known whether this step was an outer step.
+        return jnp.where(steps == 0, slow[path].astype(dtype_of(p)), p)
+
+    return jax.tree_util.tree_map_with_path(exact, params)
+
+
+def _slow_copy(p: Leaf, slow_dtype: DTypeLike | None) -> Leaf:
+    """A copy of ``p`` in the slow copy's dtype; abstract if ``p`` is."""
     dtype = dtype_of(p)
     if slow_dtype is not None:
         dtype = buffer_dtype(dtype, slow_dtype)
     if isinstance(p, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding)
+    # Never the same buffer as params, so that both can be donated.
     return jnp.array(p, dtype, copy=True)
 
 
-def _like(new: Any, old: jax.Array) -> jax.Array:
+def _like(new: ArrayLike, old: jax.Array) -> jax.Array:
     """``new`` in the dtype of ``old``, and varying over the same axes of a ``shard_map``."""
     new = jnp.asarray(new, old.dtype)
     missing = tuple(varying_axes(old) - varying_axes(new))
     if not missing:
         return new
-    lax: Any = jax.lax  # jax 0.7 has pvary alone
-    return (
-        lax.pcast(new, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(new, missing)
-    )
+    lax: Any = jax.lax  # pcast replaces pvary, which is the only one in jax 0.7
+    if hasattr(lax, "pcast"):
+        return lax.pcast(new, missing, to="varying")
+    return lax.pvary(new, missing)

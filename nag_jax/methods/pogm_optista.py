@@ -1,17 +1,17 @@
-"""Methods with the best worst case for a loss plus a penalty or constraint, over N known steps.
+"""POGM and OptISTA, for a loss plus a penalty or constraint and a known number N of steps.
 
-They are not rules, since their prox has a longer step than the gradient and another start, but one
-buffer and the scalars of the step are enough here as well. With eps the learning rate,
+They cannot be written as rules, because their proximal step starts elsewhere and is longer than the
+gradient step, but they too need one buffer and a few scalars per step. With eps the learning rate,
 
     v      = prox(params + shift*m - gamma*eps*gradient, gamma*eps) - params
     update = direct*v + pull*m
     m'     = beta*m + kappa*v
 
-Params are the iterate to evaluate, and the steps after step N are proximal gradient descent.
+Params are the iterate to evaluate. The steps after step N are proximal gradient descent.
 """
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +29,21 @@ from nag_jax._arithmetic import (
     wide_zeros,
 )
 from nag_jax._checks import check_prox, check_range, given_params
-from nag_jax.proximal import Prox
+from nag_jax._types import Params, Prox, Updates, transformation
 from nag_jax.rules.rule import at_step, first_step, optimized_t
 
 
 class CompositeState(NamedTuple):
     """State of :func:`pogm` and :func:`optista`."""
 
-    m: optax.Updates  # the buffer, like params; float32 at least
+    m: Params  # the buffer, like params; float32 at least
     steps: jax.Array  # shape=(), int32
 
 
 def pogm(
     learning_rate: optax.ScalarOrSchedule, prox: Prox, *, horizon: int
 ) -> optax.GradientTransformationExtraArgs:
-    r"""POGM: OGM with a prox, for N known steps, whose gradients are taken at proximal points.
+    r"""POGM, the proximal optimized gradient method, for a known number of steps.
 
     The paper's three sequences need one buffer, which is kept in float32 at least:
 
@@ -52,9 +52,9 @@ def pogm(
         m_{k+1} = \frac{a_k}{r_k} m_k + \Bigl(1 - \frac{1}{r_k}\Bigr) (x_{k+1} - x_k)
 
     with :math:`a_k = (t_k - 1)/t_{k+1}`, :math:`r_k = 1 + (2 t_k - 1)/t_{k+1}` and the t of
-    ``rules.ogm(horizon)``, the same method without a prox. For the learning rate 1/L,
-    :math:`F(x_N) - F^* \le L R^2 / N^2`, a bound found numerically. Params are x, sparse or
-    feasible at every step, so f need not be defined elsewhere; :func:`optista` has the better
+    ``rules.ogm(horizon)``, which is the same method without a prox. For the learning rate 1/L,
+    :math:`F(x_N) - F^* \le L R^2 / N^2`, a bound found numerically. Params are x. They are sparse
+    or feasible at every step, so f need not be defined elsewhere. :func:`optista` has a better
     bound.
 
     Args:
@@ -64,7 +64,7 @@ def pogm(
       horizon: the number of steps N, at least 1. Later steps are proximal gradient descent.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Under
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Under
       ``inject_hyperparams`` prox and horizon are static arguments.
 
     Raises:
@@ -72,7 +72,7 @@ def pogm(
         if a parameter is neither floating-point nor complex; from update, without params.
 
     Example:
-      Every query is feasible, where those of FISTA leave the constraint:
+      All gradients are taken at feasible points, unlike those of FISTA:
 
       >>> prox = nag_jax.proximal.nonnegative()
       >>> for optimizer in (nag_jax.fista(1.0, prox), nag_jax.pogm(1.0, prox, horizon=20)):
@@ -92,6 +92,7 @@ def pogm(
       the optimized gradient method for convex optimization, 2017, arXiv:1703.04641.
     """
     t = optimized_t(horizon)
+    # Plain Python floats: the coefficients depend on N alone, not on the learning rate.
     table = []
     for now, new in itertools.pairwise(t):
         a, r = (now - 1) / new, 1 + (2 * now - 1) / new
@@ -102,7 +103,7 @@ def pogm(
 def optista(
     learning_rate: optax.ScalarOrSchedule, prox: Prox, *, horizon: int
 ) -> optax.GradientTransformationExtraArgs:
-    r"""OptISTA: the best worst case that N proximal gradient steps can have, half of FISTA's.
+    r"""OptISTA, with the best possible worst case of N proximal gradient steps, half of FISTA's.
 
     .. math::
         y_{k+1} = \mathrm{prox}_{\gamma_k \epsilon}(y_k - \gamma_k \epsilon \nabla f(x_k)),
@@ -128,7 +129,7 @@ def optista(
       horizon: the number of steps N, at least 1. Later steps are proximal gradient descent.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``params``. Under
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Under
       ``inject_hyperparams`` prox and horizon are static arguments.
 
     Raises:
@@ -136,7 +137,7 @@ def optista(
         if a parameter is neither floating-point nor complex; from update, without params.
 
     Example:
-      What remains after a hundred steps along a slope that is hard for both methods:
+      The error after a hundred steps on a problem that is hard for both methods:
 
       >>> slope, prox = 2e-4, nag_jax.proximal.nonnegative()
       >>> for optimizer in (nag_jax.fista(1.0, prox), nag_jax.optista(1.0, prox, horizon=100)):
@@ -158,7 +159,7 @@ def optista(
         direct = r / gamma
         table.append((gamma, 1.0, direct, pull - direct, direct - pull, 1 - direct))
         pull = (t[k + 1] - 1) / t[k + 2] * (r - 1) / (gamma - r)
-    # x_N is y_N, and its zeros are exact if nothing is left to cancel.
+    # At step N x is y. With these coefficients nothing has to cancel, so its zeros are exact.
     last = 1 + (2 * t[-2] - 1) / t[-1]
     table += [(last, 1.0, 1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)]
     return _method("optista", learning_rate, prox, table)
@@ -167,19 +168,20 @@ def optista(
 def _method(
     name: str, learning_rate: optax.ScalarOrSchedule, prox: Prox, table: list[tuple[float, ...]]
 ) -> optax.GradientTransformationExtraArgs:
-    """The method of the table's rows: gamma, shift, direct, pull, beta, kappa of each step."""
+    """The method with gamma, shift, direct, pull, beta, kappa of each step as rows of a table."""
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     check_prox(prox)
 
-    def init(params: optax.Params) -> CompositeState:
+    def init(params: Params) -> CompositeState:
         return CompositeState(wide_zeros(params), first_step())
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, CompositeState]:
+        updates: Updates, state: CompositeState, params: Params | None = None, **extra_args: object
+    ) -> tuple[Updates, CompositeState]:
         del extra_args
         state = as_arrays(state)
         params, k = given_params(name, params), state.steps
+        # The last row is proximal gradient descent, for all steps after N.
         row = jnp.asarray(table, float)[jnp.minimum(k, len(table) - 1)]
         gamma, shift, direct, pull, beta, kappa = row
         lr = gamma * at_step(learning_rate, k)
@@ -190,7 +192,7 @@ def _method(
         v = map_gradients(lambda g, p, x: wide(x) - wide(p), updates, params, after)
         moves = map_gradients(lambda v, m: mix(direct, v, pull, m), v, state.m)
         updates = map_gradients(lambda g, move: cast_like(move, g), updates, moves)
-        # What low-precision params round away is not lost: the buffer keeps it.
+        # The buffer takes up what rounding removes from low-precision params.
         keep = lambda u, p, move, v, m: mix(beta, m, kappa, v) + move - applied(u, p)
         m = map_gradients(
             lambda *leaves: keep(*leaves).astype(leaves[-1].dtype),
@@ -198,4 +200,4 @@ def _method(
         )  # fmt: skip
         return updates, CompositeState(filled(m, state.m), jnp.asarray(optax.safe_increment(k)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

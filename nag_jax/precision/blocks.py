@@ -42,9 +42,19 @@ def _divisor(n: int, at_most: int) -> int:
     return (even or divisors)[-1]
 
 
-def zero_scales(m: jax.Array, block: tuple[int, ...]) -> jax.Array:
+def zero_scales(m: jax.Array, block_size: int, shards: int) -> jax.Array:
     """The scales of a zero buffer, sharded as the buffer is."""
-    return _largest(m, tuple(n // b for n, b in zip(m.shape, block, strict=True)))
+    block = block_shape(m.shape, block_size, shards)
+    blocks = tuple(n // b for n, b in zip(m.shape, block, strict=True))
+    mesh, spec = jax.typeof(m).sharding.mesh, explicit_spec(m)
+    parts = [math.prod(mesh.shape[name] for name in jax.tree.leaves(axes)) for axes in spec]
+    if any(n % devices for n, devices in zip(blocks, parts, strict=True)):
+        raise ValueError(
+            f"shards must be a multiple of the devices that a parameter is split over, {parts} "
+            f"along the axes of shape {m.shape}, got {shards}; pass "
+            f"int8_blocks(shards={math.lcm(shards, *parts)})"
+        )
+    return _largest(m, blocks)
 
 
 @jax.jit  # as those below: traced once for leaves of one shape
@@ -80,7 +90,8 @@ def zero_like(x: jax.Array) -> jax.Array:
 
 @zero_like.defjvp
 def _zero_like_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return zero_like(*primals), tangents[0]
+    x = primals[0]  # x - x, as JAX before 0.12 forgets a rule in forward over reverse mode
+    return jnp.where(jnp.isfinite(x), x - jax.lax.stop_gradient(x), 0), tangents[0]
 
 
 @jax.custom_jvp

@@ -16,7 +16,6 @@ from nag_jax._arithmetic import dtype_of, filled, map_gradients
 from nag_jax._checks import check_count, check_trainable, given_params
 from nag_jax.precision.blocks import (
     BlockState,
-    block_shape,
     encode,
     not_differentiable,
     rescale,
@@ -49,7 +48,8 @@ def stochastic_bfloat16(seed: int = 0) -> Storage:
 
     The noise is a function of seed, step, leaf and element alone: the same on all replicas, for
     any sharding under ``jit``, and after a restart from a checkpoint. Complex parameters keep
-    a complex64 buffer.
+    a complex64 buffer. JAX differentiates through the rounding as through its mean, the identity,
+    with derivatives that the buffer holds in bfloat16.
 
     Args:
       seed: an integer in [0, 2**32).
@@ -119,6 +119,11 @@ def int8_blocks(
     ``shards``, so that no block crosses from one device to another. The noise is as in
     :func:`stochastic_bfloat16`, but inside ``shard_map`` all shards of a leaf use the same.
 
+    Integers have no derivative in JAX. To differentiate through steps inside ``jit`` or
+    ``lax.scan``, set ``differentiable``: the state then holds zeros whose derivative is that of the
+    buffer. Where ``jax.grad`` or ``jax.jvp`` is applied to the Python code of the steps, ``update``
+    adds these zeros by itself.
+
     Args:
       seed: an integer in [0, 2**32).
       block_size: most elements of a block, an int of at least 1. 1 + 4/block_size bytes a
@@ -126,13 +131,17 @@ def int8_blocks(
       min_size: leaves with fewer elements stay float32, as do empty ones, and complex ones
         complex64. An int of at least 0.
       shards: the largest number of equal shards along one axis that blocks must respect, an int of
-        at least 1.
+        at least 1. For parameters that are split over Explicit axes of a mesh, a multiple of the
+        number of devices along each axis.
+      differentiable: whether to keep room for a derivative, 4 bytes a parameter.
 
     Returns:
       A storage for ``accelerate``, ``nag`` and the recipes.
 
     Raises:
-      ValueError: for arguments out of range.
+      ValueError: for arguments out of range; from ``init``, for parameters that are split over more
+        devices than shards allows; when the derivative of an update inside ``jit`` or ``lax.scan``
+        is taken without ``differentiable``.
 
     >>> params = {"kernel": jnp.ones((512, 1024)), "bias": jnp.ones(1024)}
     >>> optimizer = nag_jax.nag(0.1, accumulator_dtype=nag_jax.int8_blocks())
@@ -155,7 +164,7 @@ def int8_blocks(
         def scale(m: jax.Array) -> jax.Array:
             if m.dtype != jnp.int8:
                 return jnp.zeros_like(m, jnp.int8)
-            return zero_scales(m, block_shape(m.shape, block_size, shards))
+            return zero_scales(m, block_size, shards)
 
         m = zeros(params, jnp.int8, max(min_size, 1))  # there is no block of an empty leaf
         derivative = float_zeros(m) if differentiable else ()
@@ -195,14 +204,16 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     No second copy of the parameters and no residual is kept.
 
     Parameters of 32 bits and more pass unchanged. Keep the buffer wider than params or unbiased:
-    ``accumulator_dtype=jnp.float32`` or one of the storages here.
+    ``accumulator_dtype=jnp.float32`` or one of the storages here. JAX differentiates through the
+    rounding as through its mean, the identity.
 
     Args:
       seed: an integer in [0, 2**32).
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose update needs ``params`` and returns
-      float32 for bfloat16 parameters (with ``equinox.apply_updates`` cast the sum back).
+      float32 for bfloat16 parameters (with ``equinox.apply_updates`` cast the sum back; under
+      ``jax_numpy_dtype_promotion="strict"`` add in float32, since ``optax.apply_updates`` raises).
 
     Raises:
       ValueError: if seed is no such integer; from ``init``, for parameters of less than 32 bits

@@ -17,6 +17,7 @@ from nag_jax.rules.rule import (
     check_momentum,
     constant,
     first_step,
+    scalar,
 )
 
 
@@ -99,7 +100,7 @@ def trace(
     def step(k: Any) -> tuple[Any, Coefficients]:
         mu = at_step(momentum, k)
         # The int32 step is what optax.scale_by_learning_rate gives the same schedule.
-        lr = jnp.asarray(learning_rate(k), float) if callable(learning_rate) else learning_rate
+        lr = scalar(learning_rate(k) if callable(learning_rate) else learning_rate)
         coefficients = Coefficients(beta=mu, kappa=1.0, lookahead=mu, readout=lr * mu)
         return optax.safe_increment(k), coefficients
 
@@ -180,7 +181,7 @@ def chambolle_dossal(a: float = 3.0) -> Rule:
     check_range("a", a, 2.0)
 
     def step(k: Any) -> tuple[Any, Coefficients]:
-        mu = jnp.asarray(k, float) / (jnp.asarray(k, float) + (1 + a))
+        mu = jnp.asarray(k, float) / (jnp.asarray(k, float) + (1 + scalar(a)))
         return optax.safe_increment(k), Coefficients(beta=mu, kappa=mu)
 
     return Rule(first_step, step)

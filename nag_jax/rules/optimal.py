@@ -22,6 +22,7 @@ from nag_jax.rules.rule import (
     constant,
     first_step,
     optimized_t,
+    scalar,
 )
 
 
@@ -284,6 +285,7 @@ def robust_momentum(q: float, robustness: float = 0.5) -> Rule:
     """
     q = check_conditioning(q, below_one=True)
     check_range("robustness", robustness, 0.0, 1.0, high_closed=True)
-    rho = robustness * (1 - q) + (1 - robustness) * (1 - q**0.5)
+    weight = scalar(robustness)
+    rho = weight * (1 - q) + (1 - weight) * (1 - q**0.5)
     alpha = (1 - rho) ** 2 * (1 + rho) / q
     return lessard(alpha, beta=rho**3 / (1 - q), gamma=rho**3 / ((1 / q - 1) * q * alpha))

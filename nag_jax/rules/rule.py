@@ -60,14 +60,20 @@ def first_step() -> jax.Array:
     return jnp.zeros([], jnp.int32)
 
 
-def at_step(value: optax.ScalarOrSchedule, k: jax.Array) -> Any:
-    """The Python number itself, else an array of the default float dtype.
+def scalar(value: Any) -> Any:
+    """A Python number as it is; an array as a real one of the default float dtype.
 
-    ``k`` is the integer step, of which ``value`` may be a schedule.
+    ``optax.inject_hyperparams`` gives it the dtype of params, which may be bfloat16 or complex.
     """
+    if isinstance(value, int | float):
+        return value
+    return jnp.real(jnp.asarray(value)).astype(float)
+
+
+def at_step(value: optax.ScalarOrSchedule, k: jax.Array) -> Any:
+    """The number itself, or the schedule's value at integer step ``k``."""
     # Widened to the default integer: under x64 an int32 step would make schedules float32.
-    at = value(k.astype(int)) if callable(value) else value
-    return at if isinstance(at, int | float) else jnp.asarray(at, float)
+    return scalar(value(k.astype(int)) if callable(value) else value)
 
 
 def check_momentum(momentum: optax.ScalarOrSchedule) -> None:
@@ -94,10 +100,10 @@ def optimized_t(horizon: int) -> list[float]:
 
 
 def check_conditioning(q: Any, *, below_one: bool = False) -> Any:
-    """``q`` = mu/L as a Python float, a tracer as it is; ValueError outside (0, 1] or (0, 1)."""
+    """``q`` = mu/L as a Python float, or traced; ValueError outside (0, 1] or (0, 1)."""
     hint = "1/q is the condition number, and without a known mu use rules.fista() with a restart"
     check_range("q = mu/L", q, 0.0, 1.0, low_open=True, high_closed=not below_one, hint=hint)
-    return q if isinstance(q, Tracer) else float(q)
+    return scalar(q) if isinstance(q, Tracer) else float(q)
 
 
 def stability_limit(
