@@ -1,7 +1,8 @@
 """The conclusions of the pages, each with a check against the result files.
 
 Measured numbers are in tables, which ``benchmarks.tables`` writes. A conclusion is a phrase of the
-text below a table; a test looks for the phrase on its page and for what the results say.
+text below a table; a test looks for the phrase on its page and checks it against the
+results.
 """
 
 import json
