@@ -25,6 +25,7 @@ def reason(result):
     return Reason(int(result.reason)).name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_softmax_regression_has_a_singular_hessian():
     """Equal shifts of all classes change nothing. With the last class fixed, all is unique."""
@@ -128,18 +129,18 @@ NESTINGS = {
 @pytest.mark.parametrize("nesting", NESTINGS)
 @pytest.mark.parametrize("penalized", [False, True])
 def test_second_derivatives(nesting, penalized):
-    """The minimizer of exp(p) - t p + s |p| is log(t - s), while that is positive."""
+    """The minimizer of t exp(p) - 4 p + s |p| is log((4 - s) / t), while that is positive."""
     outer, inner = NESTINGS[nesting]
 
     def solve(point):
         t, s = point
         direct = 0.0 if penalized else s
-        fun = lambda p: jnp.sum(jnp.exp(p) - (t - direct) * p)
+        fun = lambda p: jnp.sum(t * jnp.exp(p) - (4 - direct) * p)
         prox = proximal.l1(s) if penalized else None
         return minimize(fun, jnp.ones(1), nag_jax.fista(0.2, prox=prox), prox=prox, tol=1e-12)
 
-    closed = lambda point: jnp.log(point[:1] - point[1:])
-    point = jnp.array([4.0, 1.0])
+    closed = lambda point: jnp.log((4 - point[1:]) / point[:1])
+    point = jnp.array([1.0, 0.8])
     found = jax.jit(outer(inner(lambda point: solve(point).params)))(point)
     close(found, jax.hessian(closed)(point), rtol=1e-5)
 
