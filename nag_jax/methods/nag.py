@@ -159,12 +159,12 @@ def nag(
 
 
 def nag_then_sgd(
-    learning_rate: float,
-    momentum: float = 0.9,
+    learning_rate: Scalar,
+    momentum: Scalar = 0.9,
     *,
     switch_step: int,
     transition_steps: int = 0,
-    sgd_learning_rate: float | None = None,
+    sgd_learning_rate: Scalar | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     decay: Decay = "coupled",

@@ -1,8 +1,8 @@
-"""Rules: each Nesterov-type method as a few scalars a step, for :func:`nag_jax.accelerate`.
+"""Rules: each Nesterov-type method as a few scalars per step, for :func:`nag_jax.accelerate`.
 
-``rule.py`` says what a rule is. ``classical.py`` has Nesterov's own methods, ``optimal.py`` those
-with the best possible worst case for exact gradients, and ``stochastic.py`` those made for noise
-and for averaging.
+``rule.py`` defines the type of a rule. ``classical.py`` has Nesterov's own methods, ``optimal.py``
+those with optimal worst-case bounds for exact gradients, and ``stochastic.py`` those for noisy
+gradients and for averaging.
 """
 
 from nag_jax.rules.classical import chambolle_dossal as chambolle_dossal
