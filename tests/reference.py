@@ -282,6 +282,20 @@ def primal_averaging(base_step, start, c, interpolation, steps):
     return np.stack(ys), np.stack(xs)
 
 
+def ema_nesterov(base_step, start, decay, lookahead, steps):
+    """Yau et al. 2026: x' = A(x + b m), m' = decay m + (1 - decay) (x' - x), A(y) = y + step(y)."""
+    x = np.array(start, dtype=np.float64)
+    m = np.zeros_like(x)
+    ys, xs = [x], [x]
+    for t in range(steps):
+        y = x + lookahead(t) * m
+        old, x = x, y + base_step(t, y)
+        m = decay * m + (1 - decay) * (x - old)
+        ys.append(x + lookahead(t + 1) * m)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)
+
+
 def agnes(gradient, start, learning_rate, momentum, ratio, steps):
     """Gupta et al. 2023; velocity in parameter units: alpha = ratio*learning_rate."""
     y = x = np.array(start, dtype=np.float64)
