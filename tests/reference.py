@@ -454,6 +454,9 @@ def diloco(
 ):
     """Douillard et al. 2023, algorithm 1: AdamW inside, PyTorch's SGD(nesterov=True) outside.
 
+    With one worker it is what AlgoPerf's submission "Single Worker DiLoCo" computes. ``rate(t)`` is
+    the learning rate of AdamW.
+
     Returns the workers' parameters and the shared ones after each step.
     """
     shared = np.array(start, dtype=np.float64)
@@ -467,7 +470,7 @@ def diloco(
             first[i] = betas[0] * first[i] + (1 - betas[0]) * g
             second[i] = betas[1] * second[i] + (1 - betas[1]) * g**2
             m, v = first[i] / (1 - betas[0] ** t), second[i] / (1 - betas[1] ** t)
-            local[i] -= rate * (m / (np.sqrt(v) + eps) + weight_decay * local[i])
+            local[i] -= rate(t - 1) * (m / (np.sqrt(v) + eps) + weight_decay * local[i])
         if t % every == 0:
             delta = np.mean([shared - local[i] for i in range(count)], axis=0)
             buffer = momentum * buffer + delta
