@@ -37,7 +37,7 @@ class Reason(enum.IntEnum):
 class Result(NamedTuple):
     """What :func:`minimize` returns; scalars are arrays, so that it can be jitted and vmapped."""
 
-    params: Params  # the iterate to evaluate, like the start
+    params: PyTree  # the iterate to evaluate, like the start
     value: jax.Array  # fun(params), without a penalty, shape=()
     error: jax.Array  # the last one measured, at most tol if converged, shape=(), float32 at least
     steps: jax.Array  # gradients evaluated, shape=(), int32
