@@ -83,7 +83,8 @@ def convex(a: float = 2.0) -> optax.Schedule:
     .. math:: \mu_t = \frac{k}{k + 1 + a}, \quad k = t - 1
 
     With step size 1/L and a = 2, :math:`f(x_t) - f^* \le 2 L R^2 / (k^2 + 5k + 6)` after
-    k + 1 = t steps; with a > 2 the iterates converge too.
+    k + 1 = t steps, which is attained (:doc:`the table of proofs </proved>`). The iterates
+    converge, too, which was proved for a = 2 in 2025 (arXiv:2510.23513, arXiv:2510.22715).
 
     Args:
       a: how fast the momentum grows, at least 2; larger is slower.
@@ -197,7 +198,7 @@ def linear(
 def follow_learning_rate(
     peak: float, learning_rate: optax.ScalarOrSchedule, *, start: int, end: int
 ) -> optax.Schedule:
-    r"""A multiple of the learning rate in a window of steps, and 0 outside of it.
+    r"""Returns a schedule that follows the learning rate in a window of steps, and is 0 elsewhere.
 
     .. math:: b_t = b_{\max} \frac{\epsilon_t}{\max_r \epsilon_r}
         \text{ for start} \le t < \text{end}
