@@ -205,8 +205,8 @@ def follow_learning_rate(
 
     This is how the authors of ``rules.ema_nesterov`` schedule the look-ahead: no look-ahead in the
     first part of training, where updates change direction, and in the last, where the learning rate
-    falls. They use peaks of 0.3 to 0.6, a start at 10 to 16 % of the steps, and an end at 67 to
-    77 %.
+    falls. In their speed-runs they use peaks of 0.3 to 0.6, a start at 10 to 16 % of the steps, and
+    an end at 67 to 77 %.
 
     Args:
       peak: the value where the learning rate is largest, in [0, 1).
