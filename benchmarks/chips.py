@@ -247,6 +247,7 @@ RULES = {
     "qhm": rules.qhm(),
     "gpa": rules.gpa(),
     "agnes": rules.agnes(0.9, 0.1),
+    "ema_nesterov": rules.ema_nesterov(0.99, nag_jax.schedules.convex()),
     "mass": rules.mass(),
     "accsgd": rules.accsgd(),
     "srsgd": rules.srsgd(40),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import auto, step_time, stepsizes
-from benchmarks.readme import PAGE
+from benchmarks.readme import PAGE, span
 from benchmarks.shapes import SHAPES
 from benchmarks.speedup import claims, report
 
@@ -238,6 +238,30 @@ def front() -> dict[str, bool]:
     }
 
 
+def beside_others() -> dict[str, bool]:
+    """The numbers of our own on the page about those of others."""
+    found = claims.Speedup.of(report.load(claims.FOLDER))
+    of = {
+        row["every"]: row["loss"] for row in read("diloco")["results"] if row["method"] == "DiLoCo"
+    }
+    alone, *_ = (r["loss"] for r in read("diloco")["results"] if r["method"] != "DiLoCo")
+    larger = [r["loss"] for r in read("diloco_settings")["rows"] if r.get("outer_momentum") == 0.9]
+    averaged = [r for r in read("auto")["rows"] if r["method"] == "averaged(nag), constant"]
+    ratios, gains = ([row[key] for row in averaged] for key in ("ratio", "difference"))
+    gained = f"{min(gains):+.2f} to {max(gains):+.2f}"
+    times = lambda key: span(found.in_training(key).values(), 2)
+    losses = " and ".join(", ".join(f"{of[h]:.3f}" for h in (1, 8, 32, 128)).rsplit(", ", 1))
+    return {
+        f"tuned SGD needs {times('sgd')} times the steps of tuned NAG": True,
+        f"tuned heavy ball {times(claims.BALL)} times": True,
+        f"tuned Adam {times('adam')} times": True,
+        f"Tuned Nadam needs {times('nadam')} times the steps of tuned NAG": True,
+        f"test loss {alone:.3f} of synchronous NAG, {losses} of DiLoCo": True,
+        "an outer momentum of 0.9, as in the paper, was worse than 0.5": min(larger) > of[128],
+        f"{span(ratios, 2)} times the steps, accuracy {gained} points": True,
+    }
+
+
 def trainer() -> dict[str, bool]:
     """The sentences below the tables of the trainer's README."""
     runs = read("recipes")["recipes"]
@@ -267,5 +291,6 @@ CONCLUSIONS = [
     Conclusions(DOCS / "does_it_help.md", speedup),
     Conclusions(DOCS / "step_sizes.md", on_step_sizes_page),
     Conclusions(DOCS / "proved.md", certificates),
+    Conclusions(DOCS / "measured_by_others.md", beside_others),
     *(Conclusions(PAGE, phrases) for phrases in ON_BENCHMARKS),
 ]

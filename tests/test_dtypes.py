@@ -38,6 +38,7 @@ RULES = {
     "qhm": lambda: rules.qhm(schedules.convex(), schedules.convex()),
     "gpa": rules.gpa,
     "agnes": lambda: rules.agnes(schedules.convex(), RAMP),
+    "ema_nesterov": lambda: rules.ema_nesterov(0.9, RAMP),
     "mass": rules.mass,
     "accsgd": rules.accsgd,
     "srsgd": lambda: rules.srsgd(lambda k: 3 + k),

@@ -27,6 +27,7 @@ from nag_jax.rules.rule import first_step as first_step
 from nag_jax.rules.rule import stability_limit as stability_limit
 from nag_jax.rules.stochastic import accsgd as accsgd
 from nag_jax.rules.stochastic import agnes as agnes
+from nag_jax.rules.stochastic import ema_nesterov as ema_nesterov
 from nag_jax.rules.stochastic import gpa as gpa
 from nag_jax.rules.stochastic import heavy_ball as heavy_ball
 from nag_jax.rules.stochastic import mass as mass
@@ -42,6 +43,7 @@ __all__ = [
     "at_step",
     "chambolle_dossal",
     "constant",
+    "ema_nesterov",
     "estimate_sequence",
     "first_step",
     "fista",

@@ -13,6 +13,7 @@ import optax
 from jax.core import Tracer
 
 from nag_jax._checks import check_range
+from nag_jax._types import Scalar
 from nag_jax.rules.rule import (
     Coefficients,
     Rule,
@@ -21,6 +22,7 @@ from nag_jax.rules.rule import (
     constant,
     first_step,
     next_step,
+    scalar,
 )
 
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]  # the step and j
@@ -138,6 +140,60 @@ def gpa(momentum: float = 0.9967, interpolation: float = 0.7) -> Rule:
             readout=-(1 - interpolation) * momentum / (1 - momentum),
         )
     )
+
+
+def ema_nesterov(decay: Scalar = 0.99, lookahead: optax.ScalarOrSchedule = 0.3) -> Rule:
+    r"""EMA-Nesterov, which looks ahead along a moving average of the updates of any optimizer.
+
+    .. math::
+        x_{k+1} = y_k + u(y_k), \qquad
+        m_{k+1} = \gamma m_k + (1 - \gamma) (x_{k+1} - x_k), \qquad
+        y_{k+1} = x_{k+1} + b_{k+1} m_{k+1}
+
+    where u is the step of the base optimizer, with its weight decay. The iterate to evaluate, x,
+    is params without the look-ahead. Since :math:`x_{k+1} - x_k = b_k m_k + u`, the buffer of
+    ``accelerate`` decays by :math:`\gamma + (1 - \gamma) b_k`. With :math:`\gamma = 0` it is
+    :func:`nesterov`, and with a constant look-ahead it is :func:`agnes` with
+    :math:`\rho = \gamma + (1 - \gamma) b` and the ratio :math:`(1 - \gamma) b / \rho`. The
+    authors set the look-ahead to 0 in the first and the last part of training and let it follow
+    the learning rate in between: ``schedules.follow_learning_rate``.
+
+    Args:
+      decay: :math:`\gamma`, the decay of the moving average, in [0, 1). The authors use 0.99.
+      lookahead: b, dimensionless, a number in [0, 1) or a schedule of the integer step. The
+        authors use largest values of 0.3 to 0.6. ``lookahead(k)`` belongs to the point where
+        gradient number k is taken, k = 0, 1, ...
+
+    Returns:
+      A rule whose carry is the step, int32 ``[]``.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    Example:
+      >>> rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 1000)
+      >>> ahead = nag_jax.schedules.follow_learning_rate(0.3, rate, start=150, end=750)
+      >>> kernel = nag_jax.accelerate(rules.ema_nesterov(0.99, ahead))
+      >>> optimizer = optax.chain(optax.adamw(rate), kernel)
+
+    References:
+      Yau, Li, Glentis, Boreiko, Wai, Hong, EMA-Nesterov: stabilizing Nesterov's lookahead for
+      accelerated deep learning optimization, 2026, arXiv:2605.25395.
+    """
+    check_range("decay", decay, 0.0, 1.0)
+    hint = "from 1 on the moving average would grow without bound"
+    check_range("lookahead", lookahead, 0.0, 1.0, schedule=True, hint=hint)
+    kept = scalar(decay)
+
+    def step(k: jax.Array) -> tuple[jax.Array, Coefficients]:
+        after = next_step(k)
+        ahead, then = at_step(lookahead, k), at_step(lookahead, after)
+        c = Coefficients(
+            beta=kept + (1 - kept) * ahead, kappa=1 - kept, lookahead=then, readout=-then
+        )
+        return after, c
+
+    return Rule(first_step, step)
 
 
 def agnes(momentum: optax.ScalarOrSchedule = 0.99, ratio: optax.ScalarOrSchedule = 0.01) -> Rule:
