@@ -112,8 +112,8 @@ class _Split(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
-    def place(self, tree: Tree, layout: Layout, split: bool) -> Tree:
-        """``tree`` in these shardings."""
+    def sharded(self, tree: Tree, layout: Layout, split: bool) -> Tree:
+        """``tree`` in the shardings of :meth:`shardings`."""
         # A leaf may be a Python number, or a function in an Equinox model.
         arrays = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, tree)
         put = lambda x, sharding: place(x, sharding) if is_array(x) else x
@@ -193,7 +193,7 @@ def zero1(
         # Stored only if a parameter is split, since it is a static part of the state.
         stored = layout if any(any(spec) for *_, spec in layout.leaves) else ()
         if any(isinstance(p, Tracer) for _, p in leaves):
-            return Zero1State(over.place(optimizer.init(params), layout, split=True), stored)
+            return Zero1State(over.sharded(optimizer.init(params), layout, split=True), stored)
         # Compiled with these shardings, init never makes a whole buffer on one device.
         split = over.shardings(jax.eval_shape(optimizer.init, params), layout, split=True)
         if any(isinstance(p, jax.ShapeDtypeStruct) for _, p in leaves):
@@ -212,8 +212,8 @@ def zero1(
                 'arrays under jit: use train_step(mode="jit") or mode="shard_map"'
             )
         layout = state.layout or Layout(())
-        split = lambda tree: over.place(tree, layout, split=True)
-        gather = lambda tree: over.place(tree, layout, split=False)
+        split = lambda tree: over.sharded(tree, layout, split=True)
+        gather = lambda tree: over.sharded(tree, layout, split=False)
         # The user's function expects whole params; line searches call it with split ones.
         if "value_fn" in extra_args:
             value_fn = extra_args["value_fn"]
