@@ -474,28 +474,26 @@ def nag_auto(gradients, start, momentum, steps, power=8.0):
     # One row for each leaf, and a last one for all leaves as one vector.
     groups = [[i] for i in range(leaves)] + [list(range(leaves))]
     join = lambda trees, group: np.concatenate([np.ravel(trees[i]) for i in group])
-    size = [np.linalg.norm(join(y0, group)) for group in groups]
-    distance = [0.01 * (1 + norm) for norm in size]
-    squares, progress = np.zeros(leaves + 1), np.zeros(leaves + 1)
-    total = [np.zeros_like(leaf) for leaf in y]
+    size = np.array([np.linalg.norm(join(y0, group)) for group in groups])
+    distance, reach = np.zeros(leaves + 1), np.zeros(leaves + 1)
+    squares, noise = np.zeros(leaves + 1), np.zeros(leaves + 1)
+    total = [np.zeros_like(leaf) for leaf in y]  # sum of s_j g_j
     rows, averages = [y], [average]
     for k in range(steps):
         g = gradients(k, y)
-        for j, group in enumerate(groups):
-            way = np.linalg.norm(join(total, group)) / (1 - momentum)
-            energy = np.sum(join(g, group) ** 2)
-            squares[j] += energy
-            if way > 0:
-                straight = 2 * progress[j] / (1 - momentum) / way
-                reach = max(distance[j], straight, min(way, size[j] / 2) / 5)
-                distance[j] = min(reach, (1 + 4 * energy / squares[j]) * distance[j])
+        energy = np.array([np.sum(join(g, group) ** 2) for group in groups])
+        squares = squares + energy
+        least = np.maximum(distance, 0.01 * (1 + (size if k > 0 else 0)))
+        distance = np.minimum(np.maximum(least, reach), (1 + 4 * energy / squares) * least)
         rate = 10 * (1 - momentum) * np.array(distance) / np.sqrt(squares)
         lr = np.sqrt(rate[:-1] * rate[-1])
-        for i in range(leaves):
-            gain = lr[i] * np.sum(g[i] * (y0[i] - y[i]))
-            progress[i] += gain
-            progress[-1] += gain
-        total = [t + lr[i] * g[i] for i, t in enumerate(total)]
+        # What the next step knows of the steps before this one.
+        way = np.array([np.linalg.norm(join(total, group)) for group in groups])
+        straight = (way**2 - noise) / way if k > 0 else way
+        reach = np.maximum(straight, np.minimum(way, size / 2) / 5)
+        s = lr / (1 - momentum)
+        noise = noise + np.append(s**2 * energy[:-1], np.sum(s**2 * energy[:-1]))
+        total = [t + s[i] * g[i] for i, t in enumerate(total)]
         x_new = [y[i] - lr[i] * g[i] for i in range(leaves)]
         y = [new + momentum * (new - old) for new, old in zip(x_new, x, strict=True)]
         x, weight = x_new, (1 + power) / (k + 1 + power)

@@ -234,8 +234,9 @@ def nag_auto(
 
 def _with_sum(terms: list[jax.Array], dtype: DTypeLike) -> jax.Array:
     """The terms as a vector, and their sum as its last entry."""
-    each = [term.astype(dtype) for term in terms]
-    return jnp.stack([*each, sum(each, jnp.zeros([], dtype))])
+    # Like the rates an array that XLA cannot take apart and compute again wherever it is used.
+    each = jax.lax.optimization_barrier(jnp.stack([term.astype(dtype) for term in terms]))
+    return jnp.append(each, jnp.sum(each))
 
 
 def _finite(energy: jax.Array) -> tuple[jax.Array, jax.Array]:
