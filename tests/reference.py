@@ -476,7 +476,7 @@ def nag_auto(gradients, start, momentum, steps, power=8.0):
     join = lambda trees, group: np.concatenate([np.ravel(trees[i]) for i in group])
     size = np.array([np.linalg.norm(join(y0, group)) for group in groups])
     distance, reach = np.zeros(leaves + 1), np.zeros(leaves + 1)
-    squares, noise = np.zeros(leaves + 1), np.zeros(leaves + 1)
+    squares, progress, way = (np.zeros(leaves + 1) for _ in range(3))
     total = [np.zeros_like(leaf) for leaf in y]  # sum of s_j g_j
     rows, averages = [y], [average]
     for k in range(steps):
@@ -488,11 +488,15 @@ def nag_auto(gradients, start, momentum, steps, power=8.0):
         rate = 10 * (1 - momentum) * np.array(distance) / np.sqrt(squares)
         lr = np.sqrt(rate[:-1] * rate[-1])
         # What the next step knows of the steps before this one.
-        way = np.array([np.linalg.norm(join(total, group)) for group in groups])
-        straight = (way**2 - noise) / way if k > 0 else way
-        reach = np.maximum(straight, np.minimum(way, size / 2) / 5)
         s = lr / (1 - momentum)
-        noise = noise + np.append(s**2 * energy[:-1], np.sum(s**2 * energy[:-1]))
+        if k % 2 == 0:
+            way = np.array([np.linalg.norm(join(total, group)) for group in groups])
+        else:
+            gains = [2 * s[i] * np.sum(g[i] * (y0[i] - y[i])) for i in range(leaves)]
+            progress = progress + np.append(gains, np.sum(gains))
+        lengths = np.sqrt(np.append(s**2 * energy[:-1], np.sum(s**2 * energy[:-1])))
+        straight = 2 * progress / way if k > 1 else np.zeros(leaves + 1)
+        reach = np.maximum(straight, np.minimum(way + lengths, size / 2) / 5)
         total = [t + s[i] * g[i] for i, t in enumerate(total)]
         x_new = [y[i] - lr[i] * g[i] for i in range(leaves)]
         y = [new + momentum * (new - old) for new, old in zip(x_new, x, strict=True)]

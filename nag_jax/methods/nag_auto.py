@@ -1,9 +1,11 @@
 """NAG for noisy gradients with nothing to tune: steps from distance, gradients and progress."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nag_jax import rules
@@ -11,6 +13,7 @@ from nag_jax._arithmetic import (
     as_arrays,
     cast_like,
     copied,
+    dtype_of,
     filled,
     map_gradients,
     mix,
@@ -19,6 +22,7 @@ from nag_jax._arithmetic import (
     root,
     trained,
     wide,
+    widened,
 )
 from nag_jax._checks import check_choice, check_range, given_params
 from nag_jax._reductions import inner_products
@@ -49,7 +53,8 @@ class AutoState(NamedTuple):
     steps: jax.Array  # shape=(), int32
     start: Params  # y_0, like params
     size: jax.Array  # |y_0|, 0 before the first step, shape=(leaves + 1,), default float dtype
-    noise: jax.Array  # N, shape=(leaves + 1,), default float dtype
+    way: jax.Array  # b, shape=(leaves + 1,), default float dtype
+    progress: jax.Array  # a, shape=(leaves + 1,), default float dtype
     reach: jax.Array  # r, shape=(leaves + 1,), default float dtype
     distance: jax.Array  # d, shape=(leaves + 1,), default float dtype
     squares: jax.Array  # G, shape=(leaves + 1,), default float dtype
@@ -73,27 +78,32 @@ def nag_auto(
 
     It estimates the distance to go from the start :math:`y_0`, and divides it by the gradients seen
     so far, for each leaf of params and for all leaves together. Let
-    :math:`s_j = \eta_j/(1 - \mu)` be the effective steps, :math:`b = |\sum_j s_j g_j|` the way gone
-    and :math:`N = \sum_j |s_j g_j|^2`, over :math:`j < k - 1`, and
-    :math:`G_k = \sum_{j \le k} |g_j|^2`. Then
+    :math:`s_j = \eta_j/(1 - \mu)` be the effective steps and :math:`G_k = \sum_{j \le k} |g_j|^2`.
+    Before each even step k the way gone is measured, and before each odd one the progress,
 
     .. math::
-        r_k = \max\Bigl(\frac{b^2 - N}{b}, \frac{\min(b, |y_0|/2)}{5}\Bigr), \qquad
+        b = \Bigl|\sum_{j<k} s_j g_j\Bigr|, \qquad
+        a \leftarrow a + 2 \langle s_k g_k, y_0 - y_k \rangle
+
+    where the 2 stands for the even steps. The next step uses them:
+
+    .. math::
+        r_{k+1} = \max\Bigl(\frac{2a}{b}, \frac{\min(b + |s_k g_k|, |y_0|/2)}{5}\Bigr), \qquad
         \ell_k = \max\Bigl(d_{k-1}, \frac{1 + |y_0|}{100}\Bigr), \\
         d_k = \min\Bigl(\max(\ell_k, r_k), \Bigl(1 + \frac{4 |g_k|^2}{G_k}\Bigr) \ell_k\Bigr),
         \qquad
         s_k = 10 \epsilon \sqrt{\frac{d_k^{\mathrm{leaf}}}{\sqrt{G_k^{\mathrm{leaf}}}}
         \frac{d_k^{\mathrm{all}}}{\sqrt{G_k^{\mathrm{all}}}}}
 
-    where :math:`\epsilon` is the ``learning_rate`` and :math:`d_{-1} = 0`. In the first step
-    :math:`|y_0|` is not known yet and counts as 0. The norm :math:`|y_0|` of a leaf counts for all
-    leaves from its first gradient on that is not 0. The step :math:`-\eta_k g_k` goes through
-    ``rules.nesterov``.
+    where :math:`\epsilon` is the ``learning_rate``, :math:`d_{-1} = 0` and :math:`r_0 = 0`. In the
+    first step :math:`|y_0|` is not known yet and counts as 0. The norm :math:`|y_0|` of a leaf
+    counts for all leaves from its first gradient on that is not 0. The step :math:`-\eta_k g_k`
+    goes through ``rules.nesterov``.
 
-    :math:`b^2 - N` is twice the sum of :math:`\langle s_i g_i, s_j g_j \rangle` over i < j: on a
-    straight line :math:`r_k` approaches b, and noise does not increase it. A fifth of the way
-    counts in any case, up to half of the size that the parameters began with. (DoG takes the whole
-    way as d, which grows with noise until it diverges.)
+    On a straight line 2a/b is about b, the way gone. Noise moves y but makes no progress on
+    average, so it does not increase a. A fifth of the way counts in any case, up to half of the
+    size that the parameters began with. (DoG takes the whole way as d, which grows with noise until
+    it diverges.)
 
     G forgets no gradient: after one that is a thousand times too large, all steps are that much
     smaller, so clip such gradients (``optax.clip_by_global_norm`` before it). A gradient whose
@@ -161,7 +171,8 @@ def nag_auto(
             steps=jnp.zeros([], jnp.int32),
             start=copied(params),
             size=vector(),
-            noise=vector(),
+            way=vector(),
+            progress=vector(),
             reach=vector(),
             distance=vector(),
             squares=vector(),
@@ -191,40 +202,33 @@ def nag_auto(
         # small leaves if they read the same array.
         rates = jax.lax.optimization_barrier(jnp.where(overflow, 0, rates))
 
-        # The second pass makes the step and one sum for the next step. XLA does not make a second
-        # sum in the same pass, nor that of the new buffers.
-        first = state.steps == 0
-        velocity = storage.read(state.inner.m, state.inner.storage)
-        way = jax.tree.map(
-            lambda p, start, m: mix(1.0, wide(p) - wide(start), mu / (1 - mu), m),
-            params,
-            state.start,
-            velocity,
-        )
-        norm = root(
-            squared_norms(
-                jax.tree.map(
-                    lambda start, way: jnp.where(first, wide(start), way), state.start, way
-                )
-            )
-        )
-        size = jnp.where(first, norm, state.size)
+        # The second pass makes the step and one sum for the next step. XLA does not make two sums
+        # and the step in one pass, nor a sum of the new params.
         each = jax.tree.unflatten(jax.tree.structure(params), list(rates))
         steps = map_gradients(
             lambda g, lr: cast_like(-real_like(lr, g) * wide(g), g), updates, each
         )
+        first, even = state.steps == 0, state.steps % 2 == 0
+        gone, way = _gone(params, state, mu)
+        u = filled(steps, jax.tree.map(jnp.zeros_like, params))
+        pick = functools.partial(jax.tree.map, lambda *leaves: _pick(first, even, *leaves))
+        products = _with_sum(
+            inner_products(pick(state.start, way, u), pick(state.start, way, gone), axis_name), real
+        )
+        size, way, progress = _measured(state, products, mu)
         updates, inner = kernel.update(steps, state.inner)
         lengths = rates**2 * energy[:-1]
-        length = jnp.sum(lengths)
+        length = root(jnp.append(lengths, jnp.sum(lengths)))
         return updates, AutoState(
             steps=jnp.asarray(optax.safe_increment(state.steps)),
             start=state.start,
             size=size,
-            noise=state.noise + jnp.append(lengths, length) / (1 - mu) ** 2,
-            reach=_reach(jnp.where(first, 0, norm), state.noise, size),
+            way=way,
+            progress=progress,
+            reach=_reach(progress, way, length / (1 - mu), size),
             distance=distance,
             squares=squares,
-            learning_rate=root(ratio(length, energy[-1])),
+            learning_rate=ratio(length[-1], root(energy[-1])),
             inner=inner,
         )
 
@@ -250,9 +254,37 @@ def _sum_of_squares(squares: jax.Array, energy: jax.Array) -> jax.Array:
     return jnp.minimum(squares + energy, jnp.finfo(squares.dtype).max)
 
 
-def _reach(way: jax.Array, noise: jax.Array, size: jax.Array) -> jax.Array:
-    """r = max((b^2 - N)/b, min(b, |y_0|/2)/5)."""
-    return jnp.maximum(way - ratio(noise, way), _SHARE * jnp.minimum(way, _MOST * size))
+def _gone(params: Params, state: AutoState, mu: jax.Array) -> tuple[Params, Params]:
+    """y_k - y_0, and -(sum of s_j g_j): how far params come without further steps."""
+    velocity = storage.read(state.inner.m, state.inner.storage)
+    gone = jax.tree.map(lambda p, start: wide(p) - wide(start), params, state.start)
+    return gone, jax.tree.map(lambda gone, m: mix(1.0, gone, mu / (1 - mu), m), gone, velocity)
+
+
+def _pick(
+    first: jax.Array, even: jax.Array, start: jax.Array, way: jax.Array, odd: jax.Array
+) -> jax.Array:
+    """A factor of this step's inner product: of |y_0|^2 at first, then |way|^2, or at odd steps."""
+    dtype = np.promote_types(way.dtype, widened(dtype_of(odd)))
+    start, way, odd = (x.astype(dtype) for x in (start, way, odd))
+    return jnp.where(first, start, jnp.where(even, way, odd))
+
+
+def _measured(
+    state: AutoState, products: jax.Array, mu: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """|y_0|, b and a after this step's inner products; only one of them is new."""
+    first, even, norm = state.steps == 0, state.steps % 2 == 0, root(products)
+    size = jnp.where(first, norm, state.size)
+    way = jnp.where(even & ~first, norm, state.way)
+    # The odd steps stand for the even ones too.
+    gains = jnp.where(even, 0, 2 / (1 - mu) * products)
+    return size, way, state.progress + gains
+
+
+def _reach(progress: jax.Array, way: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
+    """r = max(2a/b, min(b + |s_k g_k|, |y_0|/2)/5)."""
+    return jnp.maximum(ratio(2 * progress, way), _SHARE * jnp.minimum(way + length, _MOST * size))
 
 
 def _distance(
