@@ -223,7 +223,7 @@ def cases() -> dict[str, Case]:
         "backtracking": Case(nag_jax.backtracking(), 12 + 20, extra=search),
         # gradients, the last gradients and momentum for the curvature that bounds this step;
         "adanag": Case(nag_jax.adanag(), 12 + 24, extra=value),
-        # gradients for their norm.
+        # gradients for their norm (the other sums could be made for the next step in the second).
         "nag_auto": Case(nag_jax.nag_auto(), 4 + 32),
         "averaged(nag)": Case(nag_jax.averaged(nag()), 28),
         "lookahead(sgd), inner step": Case(nag_jax.lookahead(optax.sgd(0.1)), 12, extra=inner),

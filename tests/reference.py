@@ -282,6 +282,20 @@ def primal_averaging(base_step, start, c, interpolation, steps):
     return np.stack(ys), np.stack(xs)
 
 
+def ema_nesterov(base_step, start, decay, lookahead, steps):
+    """Yau et al. 2026: x' = A(x + b m), m' = decay m + (1 - decay) (x' - x), A(y) = y + step(y)."""
+    x = np.array(start, dtype=np.float64)
+    m = np.zeros_like(x)
+    ys, xs = [x], [x]
+    for t in range(steps):
+        y = x + lookahead(t) * m
+        old, x = x, y + base_step(t, y)
+        m = decay * m + (1 - decay) * (x - old)
+        ys.append(x + lookahead(t + 1) * m)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)
+
+
 def agnes(gradient, start, learning_rate, momentum, ratio, steps):
     """Gupta et al. 2023; velocity in parameter units: alpha = ratio*learning_rate."""
     y = x = np.array(start, dtype=np.float64)
@@ -440,6 +454,9 @@ def diloco(
 ):
     """Douillard et al. 2023, algorithm 1: AdamW inside, PyTorch's SGD(nesterov=True) outside.
 
+    With one worker it is what AlgoPerf's submission "Single Worker DiLoCo" computes. ``rate(t)`` is
+    the learning rate of AdamW.
+
     Returns the workers' parameters and the shared ones after each step.
     """
     shared = np.array(start, dtype=np.float64)
@@ -453,7 +470,7 @@ def diloco(
             first[i] = betas[0] * first[i] + (1 - betas[0]) * g
             second[i] = betas[1] * second[i] + (1 - betas[1]) * g**2
             m, v = first[i] / (1 - betas[0] ** t), second[i] / (1 - betas[1] ** t)
-            local[i] -= rate * (m / (np.sqrt(v) + eps) + weight_decay * local[i])
+            local[i] -= rate(t - 1) * (m / (np.sqrt(v) + eps) + weight_decay * local[i])
         if t % every == 0:
             delta = np.mean([shared - local[i] for i in range(count)], axis=0)
             buffer = momentum * buffer + delta
@@ -474,30 +491,28 @@ def nag_auto(gradients, start, momentum, steps, power=8.0):
     # One row for each leaf, and a last one for all leaves as one vector.
     groups = [[i] for i in range(leaves)] + [list(range(leaves))]
     join = lambda trees, group: np.concatenate([np.ravel(trees[i]) for i in group])
-    size = np.array([np.linalg.norm(join(y0, group)) for group in groups])
-    distance, reach = np.zeros(leaves + 1), np.zeros(leaves + 1)
-    squares, progress, way = (np.zeros(leaves + 1) for _ in range(3))
-    total = [np.zeros_like(leaf) for leaf in y]  # sum of s_j g_j
+    size = [np.linalg.norm(join(y0, group)) for group in groups]
+    distance = [0.01 * (1 + norm) for norm in size]
+    squares, progress = np.zeros(leaves + 1), np.zeros(leaves + 1)
+    total = [np.zeros_like(leaf) for leaf in y]
     rows, averages = [y], [average]
     for k in range(steps):
         g = gradients(k, y)
-        energy = np.array([np.sum(join(g, group) ** 2) for group in groups])
-        squares = squares + energy
-        least = np.maximum(distance, 0.01 * (1 + (size if k > 0 else 0)))
-        distance = np.minimum(np.maximum(least, reach), (1 + 4 * energy / squares) * least)
+        for j, group in enumerate(groups):
+            way = np.linalg.norm(join(total, group)) / (1 - momentum)
+            energy = np.sum(join(g, group) ** 2)
+            squares[j] += energy
+            if way > 0:
+                straight = 2 * progress[j] / (1 - momentum) / way
+                reach = max(distance[j], straight, min(way, size[j] / 2) / 5)
+                distance[j] = min(reach, (1 + 4 * energy / squares[j]) * distance[j])
         rate = 10 * (1 - momentum) * np.array(distance) / np.sqrt(squares)
         lr = np.sqrt(rate[:-1] * rate[-1])
-        # What the next step knows of the steps before this one.
-        s = lr / (1 - momentum)
-        if k % 2 == 0:
-            way = np.array([np.linalg.norm(join(total, group)) for group in groups])
-        else:
-            gains = [2 * s[i] * np.sum(g[i] * (y0[i] - y[i])) for i in range(leaves)]
-            progress = progress + np.append(gains, np.sum(gains))
-        lengths = np.sqrt(np.append(s**2 * energy[:-1], np.sum(s**2 * energy[:-1])))
-        straight = 2 * progress / way if k > 1 else np.zeros(leaves + 1)
-        reach = np.maximum(straight, np.minimum(way + lengths, size / 2) / 5)
-        total = [t + s[i] * g[i] for i, t in enumerate(total)]
+        for i in range(leaves):
+            gain = lr[i] * np.sum(g[i] * (y0[i] - y[i]))
+            progress[i] += gain
+            progress[-1] += gain
+        total = [t + lr[i] * g[i] for i, t in enumerate(total)]
         x_new = [y[i] - lr[i] * g[i] for i in range(leaves)]
         y = [new + momentum * (new - old) for new, old in zip(x_new, x, strict=True)]
         x, weight = x_new, (1 + power) / (k + 1 + power)

@@ -1,11 +1,9 @@
 """NAG for noisy gradients with nothing to tune: steps from distance, gradients and progress."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from nag_jax import rules
@@ -13,7 +11,6 @@ from nag_jax._arithmetic import (
     as_arrays,
     cast_like,
     copied,
-    dtype_of,
     filled,
     map_gradients,
     mix,
@@ -22,7 +19,6 @@ from nag_jax._arithmetic import (
     root,
     trained,
     wide,
-    widened,
 )
 from nag_jax._checks import check_choice, check_range, given_params
 from nag_jax._reductions import inner_products
@@ -52,12 +48,9 @@ class AutoState(NamedTuple):
 
     steps: jax.Array  # shape=(), int32
     start: Params  # y_0, like params
-    size: jax.Array  # |y_0|, 0 before the first step, shape=(leaves + 1,), default float dtype
-    way: jax.Array  # b, shape=(leaves + 1,), default float dtype
-    progress: jax.Array  # a, shape=(leaves + 1,), default float dtype
-    reach: jax.Array  # r, shape=(leaves + 1,), default float dtype
     distance: jax.Array  # d, shape=(leaves + 1,), default float dtype
     squares: jax.Array  # G, shape=(leaves + 1,), default float dtype
+    progress: jax.Array  # (1 - mu) a, shape=(leaves + 1,), default float dtype
     learning_rate: jax.Array  # of the last step, |u| / |g| over all leaves, shape=(), default float
     inner: AccelerateState  # of the momentum
 
@@ -78,29 +71,22 @@ def nag_auto(
 
     It estimates the distance to go from the start :math:`y_0`, and divides it by the gradients seen
     so far, for each leaf of params and for all leaves together. Let
-    :math:`s_j = \eta_j/(1 - \mu)` be the effective steps and :math:`G_k = \sum_{j \le k} |g_j|^2`.
-    Before each even step k the way gone is measured, and before each odd one the progress,
+    :math:`s_j = \eta_j/(1 - \mu)` be the effective steps,
+    :math:`a = \sum_{j<k} \langle s_j g_j, y_0 - y_j \rangle` the progress,
+    :math:`b = |\sum_{j<k} s_j g_j|` the way gone, which follows from params and the kernel's
+    buffer, and :math:`G_k = \sum_{j \le k} |g_j|^2`. Then
 
     .. math::
-        b = \Bigl|\sum_{j<k} s_j g_j\Bigr|, \qquad
-        a \leftarrow a + 2 \langle s_k g_k, y_0 - y_k \rangle
-
-    where the 2 stands for the even steps. The next step uses them:
-
-    .. math::
-        r_{k+1} = \max\Bigl(\frac{2a}{b}, \frac{\min(b + |s_k g_k|, |y_0|/2)}{5}\Bigr), \qquad
-        \ell_k = \max\Bigl(d_{k-1}, \frac{1 + |y_0|}{100}\Bigr), \\
-        d_k = \min\Bigl(\max(\ell_k, r_k), \Bigl(1 + \frac{4 |g_k|^2}{G_k}\Bigr) \ell_k\Bigr),
-        \qquad
+        d_k = \min\Bigl(\max\Bigl(d_{k-1}, \frac{2 a}{b}, \frac{\min(b, |y_0|/2)}{5}\Bigr),
+        \Bigl(1 + \frac{4 |g_k|^2}{G_k}\Bigr) d_{k-1}\Bigr), \qquad
         s_k = 10 \epsilon \sqrt{\frac{d_k^{\mathrm{leaf}}}{\sqrt{G_k^{\mathrm{leaf}}}}
         \frac{d_k^{\mathrm{all}}}{\sqrt{G_k^{\mathrm{all}}}}}
 
-    where :math:`\epsilon` is the ``learning_rate``, :math:`d_{-1} = 0` and :math:`r_0 = 0`. In the
-    first step :math:`|y_0|` is not known yet and counts as 0. The norm :math:`|y_0|` of a leaf
-    counts for all leaves from its first gradient on that is not 0. The step :math:`-\eta_k g_k`
-    goes through ``rules.nesterov``.
+    where :math:`\epsilon` is the ``learning_rate`` and :math:`d_0 = (1 + |y_0|)/100`. A leaf counts
+    from its first gradient on that is not 0. The step :math:`-\eta_k g_k` goes through
+    ``rules.nesterov``.
 
-    On a straight line 2a/b is about b, the way gone. Noise moves y but makes no progress on
+    On a straight line :math:`2a/b = b`, the way gone. Noise moves y but makes no progress on
     average, so it does not increase a. A fifth of the way counts in any case, up to half of the
     size that the parameters began with. (DoG takes the whole way as d, which grows with noise until
     it diverges.)
@@ -170,12 +156,9 @@ def nag_auto(
         return AutoState(
             steps=jnp.zeros([], jnp.int32),
             start=copied(params),
-            size=vector(),
-            way=vector(),
-            progress=vector(),
-            reach=vector(),
             distance=vector(),
             squares=vector(),
+            progress=vector(),
             learning_rate=jnp.zeros([], float),
             inner=inner,
         )
@@ -189,46 +172,40 @@ def nag_auto(
         real = state.distance.dtype
         mu = jnp.asarray(at_step(momentum, state.steps), real)
         factor = jnp.asarray(at_step(learning_rate, state.steps), real)
-        squared_norms = lambda tree: _with_sum(inner_products(tree, tree, axis_name), real)
+        dots = lambda a, b: _with_sum(inner_products(a, b, axis_name), real)
 
-        # The first pass over the arrays reads the gradients alone.
+        # The first pass over the arrays makes all sums. The second one could make those of the way
+        # and the progress for the next step. But XLA on GPU copies what is donated where more than
+        # one sum is in the pass that changes it.
         g = filled(updates, jax.tree.map(jnp.zeros_like, params))
-        energy, overflow = _finite(squared_norms(g))
+        gone, rest = _ways(params, state, mu)
+        energy, overflow = _finite(dots(g, g))
         squares = _sum_of_squares(state.squares, energy)
-        distance = _distance(state.distance, state.reach, state.size, energy, squares)
+        size = _size(dots(state.start, state.start), squares)
+        reach = _reach(state.progress, root(dots(rest, rest)), size, mu)
+        distance = _distance(state.distance, reach, size, energy, state.squares, squares)
         rates = factor * (1 - mu) * _effective_steps(distance, squares)
-        # As one array that XLA cannot take apart: otherwise it repeats the sums over all leaves in
-        # the loop of each leaf, and compiles for minutes. On a GPU it also merges the kernels of
-        # small leaves if they read the same array.
-        rates = jax.lax.optimization_barrier(jnp.where(overflow, 0, rates))
+        # As arrays that XLA cannot take apart: otherwise it repeats the sums over all leaves in the
+        # loop of each leaf, and compiles for minutes. On a GPU it also merges the kernels of small
+        # leaves if they read the same array.
+        rates, along = jax.lax.optimization_barrier(
+            (jnp.where(overflow, 0, rates), dots(g, gone)[:-1])
+        )
 
-        # The second pass makes the step and one sum for the next step. XLA does not make two sums
-        # and the step in one pass, nor a sum of the new params.
         each = jax.tree.unflatten(jax.tree.structure(params), list(rates))
         steps = map_gradients(
             lambda g, lr: cast_like(-real_like(lr, g) * wide(g), g), updates, each
         )
-        first, even = state.steps == 0, state.steps % 2 == 0
-        gone, way = _gone(params, state, mu)
-        u = filled(steps, jax.tree.map(jnp.zeros_like, params))
-        pick = functools.partial(jax.tree.map, lambda *leaves: _pick(first, even, *leaves))
-        products = _with_sum(
-            inner_products(pick(state.start, way, u), pick(state.start, way, gone), axis_name), real
-        )
-        size, way, progress = _measured(state, products, mu)
         updates, inner = kernel.update(steps, state.inner)
-        lengths = rates**2 * energy[:-1]
-        length = root(jnp.append(lengths, jnp.sum(lengths)))
+        gains = jnp.where(overflow, 0, -rates * along)
+        length = jnp.sum(rates**2 * energy[:-1])
         return updates, AutoState(
             steps=jnp.asarray(optax.safe_increment(state.steps)),
             start=state.start,
-            size=size,
-            way=way,
-            progress=progress,
-            reach=_reach(progress, way, length / (1 - mu), size),
             distance=distance,
             squares=squares,
-            learning_rate=ratio(length[-1], root(energy[-1])),
+            progress=state.progress + jnp.append(gains, jnp.sum(gains)),
+            learning_rate=root(ratio(length, energy[-1])),
             inner=inner,
         )
 
@@ -254,48 +231,36 @@ def _sum_of_squares(squares: jax.Array, energy: jax.Array) -> jax.Array:
     return jnp.minimum(squares + energy, jnp.finfo(squares.dtype).max)
 
 
-def _gone(params: Params, state: AutoState, mu: jax.Array) -> tuple[Params, Params]:
+def _ways(params: Params, state: AutoState, mu: jax.Array) -> tuple[Params, Params]:
     """y_k - y_0, and -(sum of s_j g_j): how far params come without further steps."""
     velocity = storage.read(state.inner.m, state.inner.storage)
     gone = jax.tree.map(lambda p, start: wide(p) - wide(start), params, state.start)
     return gone, jax.tree.map(lambda gone, m: mix(1.0, gone, mu / (1 - mu), m), gone, velocity)
 
 
-def _pick(
-    first: jax.Array, even: jax.Array, start: jax.Array, way: jax.Array, odd: jax.Array
-) -> jax.Array:
-    """A factor of this step's inner product: of |y_0|^2 at first, then |way|^2, or at odd steps."""
-    dtype = np.promote_types(way.dtype, widened(dtype_of(odd)))
-    start, way, odd = (x.astype(dtype) for x in (start, way, odd))
-    return jnp.where(first, start, jnp.where(even, way, odd))
+def _size(square: jax.Array, squares: jax.Array) -> jax.Array:
+    """|y_0|. A leaf counts from its first gradient on, so that frozen ones change nothing."""
+    square = jnp.where(squares > 0, square, 0)[:-1]
+    return root(jnp.append(square, jnp.sum(square)))
 
 
-def _measured(
-    state: AutoState, products: jax.Array, mu: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """|y_0|, b and a after this step's inner products; only one of them is new."""
-    first, even, norm = state.steps == 0, state.steps % 2 == 0, root(products)
-    size = jnp.where(first, norm, state.size)
-    way = jnp.where(even & ~first, norm, state.way)
-    # The odd steps stand for the even ones too.
-    gains = jnp.where(even, 0, 2 / (1 - mu) * products)
-    return size, way, state.progress + gains
-
-
-def _reach(progress: jax.Array, way: jax.Array, length: jax.Array, size: jax.Array) -> jax.Array:
-    """r = max(2a/b, min(b + |s_k g_k|, |y_0|/2)/5)."""
-    return jnp.maximum(ratio(2 * progress, way), _SHARE * jnp.minimum(way + length, _MOST * size))
+def _reach(progress: jax.Array, way: jax.Array, size: jax.Array, mu: jax.Array) -> jax.Array:
+    """max(2a/b, min(b, |y_0|/2)/5); ``progress`` is (1 - mu) a."""
+    straight = ratio(2 * progress, (1 - mu) * way)
+    return jnp.maximum(straight, _SHARE * jnp.minimum(way, _MOST * size))
 
 
 def _distance(
-    last: jax.Array, reach: jax.Array, size: jax.Array, energy: jax.Array, squares: jax.Array
+    last: jax.Array,
+    reach: jax.Array,
+    size: jax.Array,
+    energy: jax.Array,
+    last_squares: jax.Array,
+    squares: jax.Array,
 ) -> jax.Array:
-    """d_k = min(max(l, r), (1 + 4 |g_k|^2/G_k) l), where l = max(d_{k-1}, (1 + |y_0|)/100)."""
-    # A leaf counts from its first gradient on, so that frozen ones change nothing.
-    sizes = jnp.where(squares > 0, size, 0)[:-1]
-    size = jnp.append(sizes, root(jnp.sum(sizes**2)))
-    least = jnp.maximum(last, _FIRST * (1 + size))
-    return jnp.clip(reach, least, (1 + _GROWTH * ratio(energy, squares)) * least)
+    """d_k = min(max(d_{k-1}, reach), (1 + 4 |g_k|^2/G_k) d_{k-1}), or d_0 = (1 + |y_0|)/100."""
+    grown = jnp.clip(reach, last, (1 + _GROWTH * ratio(energy, squares)) * last)
+    return jnp.where(last_squares == 0, _FIRST * (1 + size), grown)
 
 
 def _effective_steps(distance: jax.Array, squares: jax.Array) -> jax.Array:
