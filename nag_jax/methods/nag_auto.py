@@ -198,14 +198,14 @@ def nag_auto(
         )
         updates, inner = kernel.update(steps, state.inner)
         gains = jnp.where(overflow, 0, -rates * along)
-        length = jnp.sum(rates**2 * energy[:-1])
+        lengths = rates * root(energy[:-1])
         return updates, AutoState(
             steps=jnp.asarray(optax.safe_increment(state.steps)),
             start=state.start,
             distance=distance,
             squares=squares,
             progress=state.progress + jnp.append(gains, jnp.sum(gains)),
-            learning_rate=root(ratio(length, energy[-1])),
+            learning_rate=ratio(root(jnp.sum(lengths**2)), root(energy[-1])),
             inner=inner,
         )
 
