@@ -85,7 +85,7 @@ def test_adanag_calls():
     close(rows, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("after, ok, told", [(0.5, True, True), (0.76, False, True)])
+@pytest.mark.parametrize(("after", "ok", "told"), [(0.5, True, True), (0.76, False, True)])
 def test_backtracking_accepts_by_the_quadratic_model(after, ok, told):
     # f(y) = 1, <g, u> = -0.5, |u|^2/(2 lr) = 0.25: the bound is 0.75.
     numbers = map(jnp.float32, (after, 1.0, -0.5, 0.25, 1e-6))
