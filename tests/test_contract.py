@@ -222,6 +222,7 @@ RULES = {
     "agnes": dict(momentum=0.9, ratio=0.1),
     "chambolle_dossal": dict(a=3.0),
     "constant": dict(coefficients=rules.Coefficients(beta=0.5, kappa=1.0)),
+    "ema_nesterov": dict(decay=0.9, lookahead=0.5),
     "estimate_sequence": dict(learning_rate=0.1, strong_convexity=0.5),
     "fista": {},
     "gpa": dict(momentum=0.9, interpolation=0.7),
