@@ -1,7 +1,7 @@
 """AdaNAG: Nesterov's method that measures the curvature, without one evaluation more."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,8 +117,8 @@ def adanag(
 
     def init(params: Params) -> AdaNAGState:
         scalar = lambda: jnp.zeros([], float)
-        gradient = wide_zeros(params)
-        return AdaNAGState(kernel.init(params), gradient, scalar(), scalar(), scalar())
+        inner = cast(AccelerateState, kernel.init(params))
+        return AdaNAGState(inner, wide_zeros(params), scalar(), scalar(), scalar())
 
     def update(
         updates: Updates,
@@ -165,7 +165,7 @@ def adanag(
             lambda g, old: (real_like(one, g) * wide(g)).astype(old.dtype), g, state.gradient
         )
         return map_gradients(lambda g, u: cast_like(u, g), updates, steps), AdaNAGState(
-            inner=inner,
+            inner=cast(AccelerateState, inner),
             gradient=filled(gradient, state.gradient),
             value=value,
             learning_rate=learning_rate,

@@ -1,7 +1,7 @@
 """Step sizes that tune themselves from the values and gradients that the method sees anyway."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +217,7 @@ def backtracking(
         memory = state.restart
         if condition is not None:
             u = _step(updates, seen.params, prox, lr)
+            memory = cast(decision.RestartState, memory)
             memory, fire = _restart(condition, memory, u, state.m, ok, axis_name, value)
             # After a restart the step was the first one of a new run, from y.
             t = jnp.where(fire, 1, t)

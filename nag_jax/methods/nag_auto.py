@@ -1,6 +1,6 @@
 """NAG for noisy gradients with nothing to tune: steps from distance, gradients and progress."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ def nag_auto(
 
     def init(params: Params) -> AutoState:
         vector = lambda: jnp.zeros(len(jax.tree.leaves(params)) + 1, float)
-        inner = kernel.init(params)  # checks the dtypes of params
+        inner = cast(AccelerateState, kernel.init(params))  # checks the dtypes of params
         return AutoState(
             steps=jnp.zeros([], jnp.int32),
             start=copied(params),
@@ -206,7 +206,7 @@ def nag_auto(
             squares=squares,
             progress=state.progress + jnp.append(gains, jnp.sum(gains)),
             learning_rate=ratio(root(jnp.sum(lengths**2)), root(energy[-1])),
-            inner=inner,
+            inner=cast(AccelerateState, inner),
         )
 
     optimizer = transformation(init, update)
