@@ -219,9 +219,13 @@ def cases() -> dict[str, Case]:
         "tmm": Case(nag_jax.tmm(0.1, 0.01), 20),
         "pogm, l1": Case(nag_jax.pogm(0.1, proximal.l1(0.1), horizon=100), 20),
         "optista, l1": Case(nag_jax.optista(0.1, proximal.l1(0.1), horizon=100), 20),
-        "backtracking": Case(nag_jax.backtracking(), 20, extra=search),
-        "adanag": Case(nag_jax.adanag(), 28, extra=value),
-        "nag_auto": Case(nag_jax.nag_auto(), 36),
+        # These three cannot move anything before they know sums over whole arrays. Their first pass
+        # reads gradients, params and momentum for the test of the step and the restart;
+        "backtracking": Case(nag_jax.backtracking(), 12 + 20, extra=search),
+        # gradients, the last gradients and momentum for the curvature that bounds this step;
+        "adanag": Case(nag_jax.adanag(), 12 + 24, extra=value),
+        # gradients for their norm (the other sums could be made for the next step in the second).
+        "nag_auto": Case(nag_jax.nag_auto(), 4 + 32),
         "averaged(nag)": Case(nag_jax.averaged(nag()), 28),
         "lookahead(sgd), inner step": Case(nag_jax.lookahead(optax.sgd(0.1)), 12, extra=inner),
         "snoo(sgd), inner step": Case(nag_jax.snoo(optax.sgd(0.1)), 12, extra=inner),
