@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 
 import programs
 
@@ -11,9 +10,7 @@ os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", programs.FLAGS)
 # Many tests compile the same programs. The workers and the processes of a session share a cache.
-_own_cache = "JAX_COMPILATION_CACHE_DIR" not in os.environ
-if _own_cache:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="nag_jax_tests_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs.CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import chex
@@ -25,9 +22,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_unconfigure():
-    """Removes the cache, in the process that made it."""
-    if _own_cache:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    shutil.rmtree(programs.CACHE, ignore_errors=True)  # in a worker there is none of this name
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """JAX keeps every program, which would take gigabytes by the end of a session."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
