@@ -78,10 +78,24 @@ def with_derivatives(
     slope, slope_data = hoisted(real_gradient, v)
     after, after_data = hoisted(real_prox, v, norm(v))
 
-    @jax.custom_jvp
-    def solution(v: Reals, exists: jax.Array, data: PyTree) -> Reals:
+    @jax.custom_vjp
+    def kept(v: Reals, exists: jax.Array, data: PyTree) -> Reals:
         del exists, data
         return v
+
+    def forward(*primals: PyTree) -> tuple[Reals, PyTree]:
+        return solution(*primals), primals
+
+    def backward(primals: PyTree, cotangent: Reals) -> PyTree:
+        return jax.vjp(solution, *primals)[1](cotangent)
+
+    kept.defvjp(forward, backward)
+
+    @jax.custom_jvp
+    def solution(v: Reals, exists: jax.Array, data: PyTree) -> Reals:
+        # Before JAX 0.12, second derivatives of a scan drop the rule of custom_jvp and differentiate
+        # this function instead. They keep that of custom_vjp.
+        return kept(v, exists, data)
 
     def tangent(primals: PyTree, tangents: PyTree) -> tuple[Reals, Reals]:
         _, exists, data = primals
