@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import nag_jax
 from nag_jax import rules
-from nag_jax.precision import blocks as _blocks
+from nag_jax.precision import int8_blocks as _blocks
 from nag_jax.precision import rounding as _rounding
 
 INT8 = functools.partial(nag_jax.int8_blocks, min_size=1)
