@@ -23,6 +23,7 @@ from nag_jax.precision.storage import Storage, map_numbered, zeros
 
 _TINY = 1e-37  # a block of a smaller scale is stored as 0: its reciprocal might overflow
 _LANES = 128  # a TPU keeps arrays in tiles of so many numbers along the last axis ...
+_LARGE = 2**16  # fewer elements take less time to copy than to start the kernel that does
 _TILE = 32  # ... and so many int8 numbers, or 8 float32 numbers, along the one before it
 
 
@@ -45,7 +46,7 @@ def int8_blocks(
     seed: int = 0,
     *,
     block_size: int = 128,
-    min_size: int = 2**16,
+    min_size: int = _LARGE,
     shards: int = 8,
     differentiable: bool = False,
 ) -> Storage:
@@ -60,8 +61,9 @@ def int8_blocks(
     can find the largest number of such a block and use its scale without a copy of the leaf. For
     that the last axis must be a multiple of 128 and the blocks a multiple of 32. A vector has
     blocks of 128. Other leaves, such as an embedding with an odd number of rows, are stored like
-    :func:`nag_jax.stochastic_bfloat16`, and leaves with fewer than ``min_size`` elements in
-    float32, which moves less memory than int8.
+    :func:`nag_jax.stochastic_bfloat16`. Leaves with fewer than ``min_size`` elements stay float32.
+    If that is below the default, other leaves of fewer elements than the default have blocks along
+    the last axis.
 
     A step reads the gradient and the old buffer twice: once for the new scales, and again to encode
     with them. So it moves at least 19.1 bytes a parameter, more than the 16 of
@@ -81,7 +83,7 @@ def int8_blocks(
 
     Args:
       seed: an integer in [0, 2**32).
-      block_size: the largest number of elements of a block, an int of at least 32. The buffer takes
+      block_size: the largest number of elements of a block, an int of at least 1. The buffer takes
         1 + 4/block_size bytes a parameter where it divides an axis.
       min_size: leaves with fewer elements stay float32, as do empty ones, and complex ones
         complex64. An int of at least 0.
@@ -111,9 +113,8 @@ def int8_blocks(
       arXiv:2110.02861 (there with nearest rounding and a non-linear code).
     """
     check_seed(seed)
-    least = {"block_size": _TILE, "min_size": 0, "shards": 1}
     for name, value in (("block_size", block_size), ("min_size", min_size), ("shards", shards)):
-        check_count(name, value, least[name], static=True)
+        check_count(name, value, 0 if name == "min_size" else 1, static=True)
 
     def float_zeros(tree: Params) -> Params:
         return jax.tree.map(lambda m: jnp.zeros_like(m, jnp.float32), tree)
@@ -162,20 +163,26 @@ def int8_blocks(
 
 
 def block(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[int, int] | None:
-    """The axis along which blocks lie and their length; None where they do not fit.
+    """The axis along which a leaf has blocks and their length; None for a leaf without blocks.
 
-    The longest blocks, on the last such axis. A block never crosses the boundary between two of
-    gcd(axis, shards) equal shards.
+    A block never crosses the boundary between two of gcd(axis, shards) equal shards.
     """
-    if not shape or shape[-1] % _LANES:
-        return None
     shard = [length // math.gcd(length, shards) for length in shape]
-    if len(shape) == 1:  # in memory, these are the rows of a matrix
-        return (0, _LANES) if shard[0] % _LANES == 0 and block_size >= _LANES else None
-    lengths = range(block_size // _TILE * _TILE, 0, -_TILE)
-    fitting = [(next((b for b in lengths if n % b == 0), 0), axis) for axis, n in enumerate(shard)]
-    length, axis = max(fitting[:-1])
-    return (axis, length) if length else None
+    if len(shape) > 1 and shape[-1] % _LANES == 0:
+        fitting = [(_divisor(n, block_size, _TILE), axis) for axis, n in enumerate(shard[:-1])]
+        length, axis = max(fitting)
+        if length:
+            return axis, length
+    if len(shape) == 1 and shard[0] % _LANES == 0 and block_size >= _LANES:
+        return 0, _LANES  # in memory, these are the rows of a matrix
+    if not shape or math.prod(shape) >= _LARGE:
+        return None
+    return len(shape) - 1, _divisor(shard[-1], block_size, 1)
+
+
+def _divisor(n: int, at_most: int, of: int) -> int:
+    """The largest divisor of n of at most ``at_most`` that is a multiple of ``of``, or 0."""
+    return next((d for d in range(at_most // of * of, 0, -of) if n % d == 0), 0)
 
 
 def zero_scales(m: jax.Array, block_size: int, shards: int) -> jax.Array:
@@ -250,7 +257,9 @@ def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _blocks(shape: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, int]:
     """The axis along which a leaf has blocks, and their number."""
-    return next((axis, n) for axis, n in enumerate(counts) if n != shape[axis])
+    split = (axis for axis, n in enumerate(counts) if n != shape[axis])
+    axis = next(split, len(shape) - 1)
+    return axis, counts[axis]
 
 
 def _explicit_spec(x: jax.Array) -> tuple[AxisName, ...]:

@@ -31,10 +31,11 @@ def next_key(key: jax.Array) -> jax.Array:
 
 def check_seed(seed: object) -> None:
     """Raises ValueError unless ``seed`` is an integer in [0, 2**32), or traced."""
-    if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+    dtype = getattr(seed, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError("seed must be an integer, got a key; use jax.random.bits(key)")
-    whole = jnp.issubdtype(seed.dtype, jnp.integer) if hasattr(seed, "dtype") else False
-    if not (whole or isinstance(seed, int)):
+    whole = isinstance(seed, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
+    if not whole:
         raise ValueError(f"seed must be an integer, got {seed!r}")
     check_range("seed", seed, 0, 2**32)
 
