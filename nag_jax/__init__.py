@@ -36,9 +36,9 @@ from nag_jax.minimize import Reason as Reason
 from nag_jax.minimize import Result as Result
 from nag_jax.minimize import largest_curvature as largest_curvature
 from nag_jax.minimize import minimize as minimize
-from nag_jax.precision.stochastic import int8_blocks as int8_blocks
-from nag_jax.precision.stochastic import stochastic_bfloat16 as stochastic_bfloat16
-from nag_jax.precision.stochastic import stochastic_rounding as stochastic_rounding
+from nag_jax.precision.int8_blocks import int8_blocks as int8_blocks
+from nag_jax.precision.stochastic_bfloat16 import stochastic_bfloat16 as stochastic_bfloat16
+from nag_jax.precision.stochastic_rounding import stochastic_rounding as stochastic_rounding
 from nag_jax.precision.storage import Storage as Storage
 
 __version__ = "0.1.0"

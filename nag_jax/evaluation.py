@@ -12,7 +12,7 @@ from nag_jax._arithmetic import wide
 from nag_jax._paths import at_paths, by_path, only_scalar
 from nag_jax._types import KeyPath, OptState, PyTree
 from nag_jax.kernel import AccelerateState, AtParamsState, BeforeLearningRateState
-from nag_jax.precision.stochastic import NoiseState
+from nag_jax.precision.rounding import NoiseState
 
 
 class KnowsIterate(Protocol):

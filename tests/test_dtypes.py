@@ -373,10 +373,10 @@ def test_training_with_parameters_split_over_explicit_axes():
 def test_blocks_that_would_cross_devices_are_refused():
     kinds, devices = (jax.sharding.AxisType.Explicit,) * 2, jax.devices()[:6]
     mesh = jax.make_mesh((3, 2), ("data", "model"), kinds, devices=devices)
-    params = jax.device_put(jnp.ones((9, 8)), NamedSharding(mesh, P("data", "model")))
-    with pytest.raises(ValueError, match=r"\[3, 2\] along .* got 8; pass int8_blocks\(shards=24\)"):
+    params = jax.device_put(jnp.ones((8, 9)), NamedSharding(mesh, P("model", "data")))
+    with pytest.raises(ValueError, match=r"\[2, 3\] along .* got 8; pass int8_blocks\(shards=24\)"):
         nag_jax.nag(0.1, accumulator_dtype=nag_jax.int8_blocks(min_size=1)).init(params)
     storage = nag_jax.int8_blocks(min_size=1, shards=24)
     state = nag_jax.nag(0.1, accumulator_dtype=storage).init(params)
-    assert state.storage.scales.shape == (3, 8)
-    assert state.storage.scales.addressable_shards[0].data.shape == (1, 4)
+    assert state.storage.scales.shape == (8, 3)
+    assert state.storage.scales.addressable_shards[0].data.shape == (4, 1)

@@ -1,18 +1,25 @@
-"""Stochastic rounding: noise that is a function of seed, step, leaf and element, and its use."""
+"""Stochastic rounding to bfloat16, with noise that depends on seed, step, leaf and element."""
 
 import functools
 import math
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nag_jax._checks import check_range
+from nag_jax._types import ArrayLike
 
 
-def start_key(seed: Any) -> jax.Array:
-    """The key of the first step, uint32 [2]."""
+class NoiseState(NamedTuple):
+    """What stochastic rounding remembers between two steps."""
+
+    key: jax.Array  # of the noise of the next step, shape=(2,), uint32
+
+
+def start_key(seed: ArrayLike) -> jax.Array:
+    """The key of the first step, shape=(2,), uint32."""
     return next_key(jnp.stack([jnp.asarray(seed, jnp.uint32), jnp.zeros([], jnp.uint32)]))
 
 
@@ -22,12 +29,13 @@ def next_key(key: jax.Array) -> jax.Array:
     return jnp.stack([first, _hash(key[1] + first)])
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: object) -> None:
     """Raises ValueError unless ``seed`` is an integer in [0, 2**32), or traced."""
-    if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+    dtype = getattr(seed, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError("seed must be an integer, got a key; use jax.random.bits(key)")
-    whole = jnp.issubdtype(seed.dtype, jnp.integer) if hasattr(seed, "dtype") else False
-    if not (whole or isinstance(seed, int)):
+    whole = isinstance(seed, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
+    if not whole:
         raise ValueError(f"seed must be an integer, got {seed!r}")
     check_range("seed", seed, 0, 2**32)
 
@@ -47,7 +55,7 @@ def uniform_bits(key: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=2)  # traced once for leaves of one shape
-def _bits(key: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
+def _bits(key: jax.Array, own: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
     start, between = (key + own)[0], (key ^ own)[1]
     index = jnp.broadcast_to(start, shape)
     for axis in range(len(shape)):
@@ -57,7 +65,7 @@ def _bits(key: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
     return _multiply(index, between) >> 16
 
 
-def _multiply(x: jax.Array, between: Any) -> jax.Array:
+def _multiply(x: jax.Array, between: jax.Array) -> jax.Array:
     # The constants are those of C. Wellons, "Prospecting for hash functions", lowbias32.
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = x ^ between
@@ -84,28 +92,10 @@ def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
 
 
 @to_bfloat16.defjvp
-def _to_bfloat16_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _to_bfloat16_jvp(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     # Its derivative is 1 without a rule: in forward over reverse mode through a scan, JAX before
     # 0.12 forgets that of to_bfloat16.
     x, change = primals[0], to_bfloat16(*primals) - primals[0]
     return x + jax.lax.stop_gradient(jnp.where(jnp.isfinite(x), change, 0)), tangents[0]
-
-
-def differentiated(tree: Any) -> bool:
-    """Whether a derivative of some leaf is being taken, as far as that is known here.
-
-    It is not known inside ``jit`` or ``lax.scan`` where the derivative is taken outside.
-    """
-    seen: list[bool] = []
-
-    @jax.custom_jvp
-    def look(x: jax.Array) -> jax.Array:
-        return x
-
-    @look.defjvp
-    def note(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        seen.append(True)
-        return primals[0], tangents[0]
-
-    jax.tree.map(look, tree)
-    return bool(seen)

@@ -1,40 +1,43 @@
-"""How ``accelerate`` keeps its buffer between two steps; ``precision.py`` has the lean ones."""
+"""How ``accelerate`` stores its buffer between two steps."""
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from nag_jax._arithmetic import buffer_dtype, dtype_of, filled, map_gradients, widened
 from nag_jax._checks import as_static, check_trainable, is_inexact
-from nag_jax.precision.blocks import BlockState, decode
+from nag_jax._types import BufferDType, DTypeLike, Leaf, Params, PyTree, Updates
 
 
 class Storage(NamedTuple):
     """``init(params) -> (m, memory)``, ``store(x, m, memory) -> (m, memory)``, over whole trees.
 
-    ``x`` holds the new buffer in float32 at least, and None where the old one stays. What
-    :func:`read` gives back of the result is the buffer that the update is made from.
+    ``x`` is the new buffer in at least float32, with None where the old one stays. The update is
+    made from what was stored: from ``m``, or from ``memory.decode(m)`` if the memory has that
+    method.
     """
 
-    init: Callable[[Any], tuple[Any, Any]]
-    store: Callable[[Any, Any, Any], tuple[Any, Any]]
+    init: Callable[[Params], tuple[Params, PyTree]]
+    store: Callable[[Updates, Params, PyTree], tuple[Params, PyTree]]
     unbiased: bool = True  # False: rounded to nearest
 
 
-def read(m: Any, memory: Any) -> Any:
+@runtime_checkable
+class _Encoded(Protocol):
+    """A memory without which the stored buffer cannot be read."""
+
+    def decode(self, m: Params) -> Params: ...
+
+
+def read(m: Params, memory: PyTree) -> Params:
     """The buffer to compute with."""
-    if not isinstance(memory, BlockState):
-        return m
-    values = jax.tree.map(decode, m, memory.scales)
-    if not jax.tree.leaves(memory.derivative):
-        return values
-    return jax.tree.map(lambda x, zero: x + zero.astype(x.dtype), values, memory.derivative)
+    return memory.decode(m) if isinstance(memory, _Encoded) else m
 
 
-def choose(accumulator_dtype: Any) -> Storage:
+def choose(accumulator_dtype: BufferDType) -> Storage:
     """The storage that ``accumulator_dtype`` stands for."""
     if isinstance(accumulator_dtype, Storage):
         return accumulator_dtype
@@ -45,13 +48,13 @@ def choose(accumulator_dtype: Any) -> Storage:
             f"{accumulator_dtype!r}; {as_static('accumulator_dtype')}"
         )
 
-    def store(x: Any, m: Any, memory: Any) -> tuple[Any, Any]:
+    def store(x: Updates, m: Params, memory: PyTree) -> tuple[Params, PyTree]:
         return filled(map_gradients(lambda x, m: x.astype(m.dtype), x, m), m), memory
 
     return Storage(lambda params: (zeros(params, accumulator_dtype), ()), store, unbiased=False)
 
 
-def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
+def zeros(params: Params, dtype: DTypeLike | None = None, min_size: int = 0) -> Params:
     """A zero buffer like params, and sharded like them, of a dtype or of their own.
 
     Complex leaves stay complex, of float32 at least, and real ones real; leaves below ``min_size``
@@ -59,7 +62,7 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
     """
     check_trainable("momentum", params)
 
-    def zero(p: Any) -> jax.Array:
+    def zero(p: Leaf) -> jax.Array:
         own = dtype_of(p)
         if dtype is None:
             return jnp.zeros_like(p, own)  # never of a weak type
@@ -70,7 +73,7 @@ def zeros(params: Any, dtype: Any = None, min_size: int = 0) -> Any:
     return jax.tree.map(zero, params)
 
 
-def map_numbered(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_numbered(function: Callable[..., jax.Array], tree: PyTree, *rest: PyTree) -> PyTree:
     """``function(number of the leaf, leaf, *rest)``; a None of the first tree stays and counts."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: node is None)
     others = [structure.flatten_up_to(other) for other in rest]
