@@ -75,8 +75,10 @@ def minimize(
     which is 0 exactly at solutions and does not depend on the learning rate. The run stops when the
     error is at most ``tol``, after ``max_steps``, when something is not finite, or when params no
     longer move. Where params are so large that their rounding would hide an error of ``tol``, the
-    prox is also tried with a longer step. With a prox, ``result.params`` are an output of the prox, whatever stopped the run:
-    sparse or feasible. ``minimize`` works inside ``jax.jit``, ``vmap``, ``scan`` and ``remat``.
+    prox is also tried with a longer step. With a prox, ``result.params`` are an output of the
+    prox, whatever stopped the run: sparse or feasible. ``minimize`` works inside ``jax.jit``,
+    ``vmap``, ``scan`` and ``remat``. Outside of these it is compiled once for each ``fun``: keep the
+    function and the prox, and pass numbers that change as arrays.
 
     ``result.params`` and ``result.value`` have derivatives of any order, in forward and reverse
     mode, with respect to all floating-point and complex arrays that ``fun`` and ``prox`` close
@@ -94,6 +96,9 @@ def minimize(
     * With a prox they use JAX's derivative of it. At a kink, such as an entry at exactly the
       threshold of an l1 penalty, the solution has no derivative, and the result is what JAX returns
       for the prox there.
+    * Inside ``lax.scan`` and ``lax.map``, JAX before 0.12 cannot take forward over reverse
+      derivatives, as in ``jax.hessian``, and raises ``TypeError``. Reverse over reverse,
+      ``jax.jacrev(jax.grad(f))``, works.
     * Above 1,024 unknowns the linear system is solved by conjugate gradients; NaN if they fail.
 
     Args:

@@ -228,7 +228,8 @@ def group_l1(strength: Strength, axis: int | tuple[int, ...] | None = -1) -> Pro
     integral = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
     if axis is not None and not (integral and len(set(axes)) == len(axes)):
         raise ValueError(
-            f"axis must be an int, a tuple of different ints, or None for whole leaves, got {axis!r}"
+            f"axis must be an int, a tuple of different ints or None, got {axis!r}; None makes "
+            "each leaf one group"
         )
 
     def norm(z: jax.Array) -> jax.Array:
