@@ -77,8 +77,8 @@ def minimize(
     longer move. Where params are so large that their rounding would hide an error of ``tol``, the
     prox is also tried with a longer step. With a prox, ``result.params`` are an output of the
     prox, whatever stopped the run: sparse or feasible. ``minimize`` works inside ``jax.jit``,
-    ``vmap``, ``scan`` and ``remat``. Outside of these it is compiled once for each ``fun``: keep the
-    function and the prox, and pass numbers that change as arrays.
+    ``vmap``, ``scan`` and ``remat``. Outside of these it is compiled once for each ``fun``: keep
+    the function and the prox, and pass numbers that change as arrays.
 
     ``result.params`` and ``result.value`` have derivatives of any order, in forward and reverse
     mode, with respect to all floating-point and complex arrays that ``fun`` and ``prox`` close

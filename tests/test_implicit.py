@@ -127,7 +127,7 @@ NESTINGS = {
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("nesting", NESTINGS)
-@pytest.mark.parametrize("penalized", [False, True])
+@pytest.mark.parametrize("penalized", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_second_derivatives(nesting, penalized):
     """The minimizer of t exp(p) - 4 p + s |p| is log((4 - s) / t), while that is positive."""
     outer, inner = NESTINGS[nesting]
@@ -152,6 +152,7 @@ def test_the_third_derivative():
     close(third(3.0), 2 / 27, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("strength", [0.0, 0.4])
 def test_complex_solutions(strength):
@@ -377,3 +378,60 @@ def test_the_start_and_the_optimizer_have_no_derivatives():
         return minimize(lambda p: (p - 1.0) ** 2, start, optax.sgd(rate)).params
 
     assert jax.jit(jax.grad(solve, argnums=(0, 1)))(3.0, 0.1) == (0.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_second_derivatives_through_a_scan(nesting):
+    """Solutions i/(1 + t) for i = 1, 2, of which the sum has the second derivative 6/(1 + t)^3."""
+
+    def solved(t, i):
+        fun = lambda p: (p - i) ** 2 / 2 + t * p**2 / 2
+        return minimize(fun, 0.0, tol=1e-11).params
+
+    def total(t):
+        return jax.lax.scan(lambda s, i: (s + solved(t, i), None), 0.0, jnp.arange(1.0, 3.0))[0]
+
+    outer, inner = NESTINGS[nesting]
+    if nesting == "jacfwd of jacrev" and jax.__version_info__ < (0, 12):
+        with pytest.raises(TypeError, match="forward-mode"):
+            outer(inner(total))(0.5)
+    else:
+        close(outer(inner(total))(0.5), 6 / 1.5**3)
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("scale", [1e-8, 1e6, 1e8])
+def test_parameters_of_different_units(scale, mode):
+    def solved(t):
+        fun = lambda p: (scale * (p[0] - t) ** 2 + (p[1] - t) ** 2) / 2
+        return minimize(fun, jnp.full(2, t), tol=1e-2).params
+
+    np.testing.assert_allclose(mode(solved)(1.0), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("n", [3, 100])
+def test_parameters_in_bfloat16(n, mode):
+    """No curvature between 0.1 and 1 is taken for rounding."""
+    curvature = jnp.linspace(0.1, 1.0, n).astype(jnp.bfloat16)
+
+    def solved(t):
+        fun = lambda p: jnp.sum((curvature * (p - t) ** 2).astype(jnp.float32)) / 2
+        return minimize(fun, jnp.ones(n, jnp.bfloat16), tol=1e-2).params.astype(jnp.float32)
+
+    np.testing.assert_allclose(mode(solved)(jnp.float32(1.0)), 1.0, rtol=2e-2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e-20])
+def test_small_objectives_with_a_prox(scale):
+    """The rounding of params is larger than what the prox changes in a step of 1."""
+    fun = lambda p: scale * jnp.sum(jnp.array([1.0, 0.1]) * (p - 1.5) ** 2)
+    result = minimize(fun, jnp.zeros(2), prox=proximal.l1(0.1 * scale), tol=1e-5 * scale)
+    assert reason(result) == "TOLERANCE"
+    np.testing.assert_allclose(result.params, [1.45, 1.0], rtol=2e-4)
+
+
+def test_the_number_of_steps_may_be_an_array():
+    assert minimize(jnp.sum, jnp.zeros(2), max_steps=jnp.asarray(3)).steps <= 3

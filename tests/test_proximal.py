@@ -467,6 +467,7 @@ class Composite:
         return trajectory(tx, self.start, 5000, self.loss)[1][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_composite_bounds():
     problems = [Composite(), *map(Composite, (0.02, 0.05, 0.1, 0.3))]
@@ -667,3 +668,9 @@ def test_monotone_fista_takes_python_numbers():
         assert out["a"].dtype == jnp.float32
         assert state.m["a"] == state.m["b"]
         params = optax.apply_updates(params, out)
+
+
+@pytest.mark.parametrize("axis", ["a", [0], 0.5, True, (0, 0), (0, None)])
+def test_groups_need_an_axis(axis):
+    with pytest.raises(ValueError, match="axis must be an int, a tuple of different ints or None"):
+        proximal.group_l1(1.0, axis=axis)

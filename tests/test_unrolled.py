@@ -79,6 +79,7 @@ MADE_FROM = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "hyper"), [(m, h) for m, *h in MADE_FROM.values()], ids=MADE_FROM)
 def test_derivatives_in_start_and_hyperparameters(make, hyper):
     assert_derivative(lambda params, hyper: final(params, make(*hyper)), start(), hyper)
@@ -110,6 +111,7 @@ SIMPLE |= {
 }
 
 
+@pytest.mark.slow
 def test_derivatives_in_the_hyperparameters_of_every_rule():
     """From a start of 0, where one leaf has the gradient 0."""
 
@@ -179,6 +181,7 @@ ROUNDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "loop", "tolerance"), ROUNDED.values(), ids=ROUNDED)
 def test_rounding_has_the_derivative_of_its_mean(storage, loop, tolerance):
     """A rounded run is one in float64 with other constants, so it has the same derivatives."""
@@ -228,6 +231,7 @@ def test_rounded_parameters_have_the_derivative_of_the_whole_update():
     assert jax.jacfwd(distance)(lr, tail) == pytest.approx(-20 * 0.95**19, rel=3e-2)
 
 
+@pytest.mark.slow
 def test_second_derivatives_through_backtracking():
     """In what the loss closes over, and in the numbers of the search."""
 

@@ -390,6 +390,7 @@ def test_a_broken_meta_file_is_refused(tmp_path, case):
         open_shards(tmp_path, "skip")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_bytes_in_a_shard_give_data_or_a_user_error(tmp_path_factory, data):
@@ -417,6 +418,7 @@ def test_any_bytes_in_a_shard_give_data_or_a_user_error(tmp_path_factory, data):
         assert not source.skipped
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     shape=st.lists(st.integers(-(2**70), 2**70) | st.integers(0, 3), max_size=4).map(tuple),

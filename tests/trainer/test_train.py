@@ -196,6 +196,7 @@ def test_evaluation_counts_every_sample_once():
     assert (float(sums["samples"]), float(sums["x"])) == (20, 190)
 
 
+@pytest.mark.slow
 def test_the_test_metrics_are_those_of_the_evaluation_iterate(tmp_path):
     """Recomputed from the checkpoint, without the trainer."""
     chosen = config(num_epochs=1)
@@ -426,6 +427,7 @@ def test_bad_values_are_named(tmp_path, changes, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "write"), [("mnist", write_dataset), ("shards", write_small_shards)]
 )

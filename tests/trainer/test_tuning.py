@@ -89,6 +89,7 @@ def test_a_plateau_lowers_the_rate_of_the_next_update(tmp_path, name, clip_norm)
     assert train.train_and_evaluate(chosen, tmp_path / "run") == rows
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_is_finished(tmp_path, capsys):
     chosen = config(num_epochs=30)
     chosen.stop.target = 94.0
