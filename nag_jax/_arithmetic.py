@@ -175,9 +175,7 @@ def _described(tree: PyTree) -> str:
 def applied(u: ArrayLike, p: ArrayLike) -> jax.Array:
     """The distance by which ``optax.apply_updates`` moves ``p``, in at least float32."""
     if dtype_of(p).itemsize >= 4:
-        # Not u: the sum is computed for the new params, too. XLA on TPU computes in one pass what
-        # depends on them, but makes a second pass for another array that depends on u.
-        return wide(p) + wide(u) - wide(p)
+        return wide(u)
     # Not a cast to the dtype of p and back, which XLA may remove.
     kind = jnp.finfo(dtype_of(p))
     return jax.lax.reduce_precision(wide(p) + wide(u), kind.nexp, kind.nmant) - wide(p)
