@@ -196,8 +196,8 @@ def encode(x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
     # Between q**2 and (q + 1)**2, up with the probability that makes the mean exact.
     noise = (bits.astype(jnp.float32) + 0.5) / 2**16
     q = jnp.minimum(jnp.where(square - q * q > noise * (2 * q + 1), q + 1, q), _LEVELS)
-    # What is not finite is in the scale.
-    return jnp.where(jnp.isfinite(square), jnp.where(x < 0, -q, q), 0).astype(jnp.int8)
+    signed = jnp.where(x < 0, -q, q)
+    return jnp.where(jnp.isfinite(square), signed, 0).astype(jnp.int8)  # or the scale shows it
 
 
 @jax.jit
