@@ -1,4 +1,4 @@
-"""Optimizers with nothing to tune beside tuned ones: accuracy and steps on three small tasks.
+"""Compares optimizers with nothing to tune to tuned ones: accuracy and steps on three small tasks.
 
 ``python -m benchmarks.auto`` runs what is missing in results/auto.jsonl (which is not committed),
 summarizes it in results/auto.json and writes the table in README.md; ``--tasks``, ``--methods``,
@@ -178,7 +178,7 @@ class Trainer:
                 for order in part:
                     carry = self.step(carry, hyper, order)
             step += len(part)
-            # Later ones only tell how the curve goes on.
+            # Later points only show how the curve continues.
             if step <= self.total // 2 or step % (4 * self.problem.every) == 0:
                 curve.append((step, round(self.accuracy(carry, self.problem.curve), 2)))
                 rate = optax.tree.get_all_with_path(carry[1], "learning_rate")
@@ -212,7 +212,7 @@ def wanted(task: str, names: list[str], seeds: list[int] | None) -> list[tuple[s
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each task and method: its best hyperparameters, beside the best nag."""
+    """One row for each task and method: its best hyperparameters, compared with the best nag."""
     rows = []
     for task in PROBLEMS:
         best: dict[str, list[dict[str, Any]]] = {}
@@ -237,7 +237,7 @@ def _mean(runs: list[dict[str, Any]]) -> float:
 
 
 def _row(task: str, name: str, runs: Any, nag: Any, target: float) -> dict[str, Any]:
-    """Beside the tuned nag of the same seeds."""
+    """The comparison with the tuned nag of the same seeds."""
     tuned = [run for run in nag if run["seed"] in {run["seed"] for run in runs}]
     reach: Any = lambda run: next((step for step, value in run["curve"] if value >= target), None)
     steps, reference = [reach(run) for run in runs], [reach(run) for run in tuned]

@@ -14,7 +14,7 @@ from nag_jax import rules
 
 
 class Recipe(NamedTuple):
-    """What the example's config says beside the optimizer."""
+    """The settings of the example's config apart from the optimizer."""
 
     total: int  # steps
     warmup: int

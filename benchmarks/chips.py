@@ -1,10 +1,11 @@
-"""What an optimizer's step moves on a TPU v5e and an H100: compiled for them, run on neither.
+"""Memory traffic of an optimizer's step on a TPU v5e and an H100, from the compiled programs.
 
     pip install -e '.[chips]' && python -m benchmarks.chips [--only nag fista] [--print]
 
 JAX's compilers for both chips work on a machine that has none. Each step is jitted and donated,
-takes its gradients as an argument and is compiled for one chip; the compiled program says how many
-bytes it moves, in how many kernels, with which temporary arrays and copies. Its time is unknown.
+takes its gradients as an argument and is compiled for one chip; the compiled program shows how
+many bytes it moves, in how many kernels, with which temporary arrays and copies. Nothing is run, so
+its time is unknown.
 
 On a TPU the bytes are the compiler's own count. It counts twice what passes through the memory on
 the chip (128 MB on v5e), so the limit is that of the large leaf, and for other trees
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is no TPU machine: do not ask for one
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is not a TPU machine: do not look for one
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
 import jax
@@ -80,7 +81,7 @@ class Program(NamedTuple):
 
 @functools.cache
 def devices(chip: str, **topology: Any) -> list[Any]:
-    """Devices to compile for: eight chips unless ``topology`` says otherwise.
+    """Devices to compile for: eight chips, or those of ``topology``.
 
     Raises:
       RuntimeError: if the compiler's packages are not installed.
@@ -102,7 +103,7 @@ def devices(chip: str, **topology: Any) -> list[Any]:
 
 
 def options(chip: str) -> dict[str, Any] | None:
-    """Compiler options: on CUDA there is no card on which to tune kernels."""
+    """Compiler options: without a CUDA device, kernels cannot be tuned."""
     if chip == "v5e":
         return None
     packages = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/cuda_nvcc")
@@ -218,9 +219,13 @@ def cases() -> dict[str, Case]:
         "tmm": Case(nag_jax.tmm(0.1, 0.01), 20),
         "pogm, l1": Case(nag_jax.pogm(0.1, proximal.l1(0.1), horizon=100), 20),
         "optista, l1": Case(nag_jax.optista(0.1, proximal.l1(0.1), horizon=100), 20),
-        "backtracking": Case(nag_jax.backtracking(), 20, extra=search),
-        "adanag": Case(nag_jax.adanag(), 28, extra=value),
-        "nag_auto": Case(nag_jax.nag_auto(), 36),
+        # These three cannot move anything before they know sums over whole arrays. Their first pass
+        # reads gradients, params and momentum for the test of the step and the restart;
+        "backtracking": Case(nag_jax.backtracking(), 12 + 20, extra=search),
+        # gradients, the last gradients and momentum for the curvature that bounds this step;
+        "adanag": Case(nag_jax.adanag(), 12 + 24, extra=value),
+        # gradients for their norm (the other sums could be made for the next step in the second).
+        "nag_auto": Case(nag_jax.nag_auto(), 4 + 32),
         "averaged(nag)": Case(nag_jax.averaged(nag()), 28),
         "lookahead(sgd), inner step": Case(nag_jax.lookahead(optax.sgd(0.1)), 12, extra=inner),
         "snoo(sgd), inner step": Case(nag_jax.snoo(optax.sgd(0.1)), 12, extra=inner),
@@ -246,6 +251,7 @@ RULES = {
     "qhm": rules.qhm(),
     "gpa": rules.gpa(),
     "agnes": rules.agnes(0.9, 0.1),
+    "ema_nesterov": rules.ema_nesterov(0.99, nag_jax.schedules.convex()),
     "mass": rules.mass(),
     "accsgd": rules.accsgd(),
     "srsgd": rules.srsgd(40),

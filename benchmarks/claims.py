@@ -1,7 +1,8 @@
 """The conclusions of the pages, each with a check against the result files.
 
 Measured numbers are in tables, which ``benchmarks.tables`` writes. A conclusion is a phrase of the
-text below a table; a test looks for the phrase on its page and for what the results say.
+text below a table; a test looks for the phrase on its page and checks it against the
+results.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import auto, step_time, stepsizes
-from benchmarks.readme import PAGE
+from benchmarks.readme import PAGE, span
 from benchmarks.shapes import SHAPES
 from benchmarks.speedup import claims, report
 
@@ -194,6 +195,34 @@ def scaling() -> dict[str, bool]:
     }
 
 
+def certificates() -> dict[str, bool]:
+    rows = read("certificates")["rows"]
+    of = lambda name: [row for row in rows if row["method"].startswith(f"`{name}")]
+    exact = lambda row: np.array(row["exact"][: len(of("monotone_fista")[0]["exact"])])
+    kept = lambda row: max(row["ratios"]) < 1
+    (restarted,) = (row for row in rows if "restarted" in row["method"])
+    fista, fista_with_prox = of("rules.fista()")[0], of("fista(1/L, prox)")[0]
+    strong, tmm = of("rules.strongly_convex(q)"), of("rules.tmm(q)")
+    return {
+        "No exact worst case is above its bound": all(max(r["ratios"]) < 1 + 1e-5 for r in rows),
+        "every bound that is said to be attained is": all(
+            np.allclose(row["ratios"], 1, rtol=1e-5) for row in rows if row["attained"]
+        ),
+        "after ten steps the worst case is about a fifth of it": all(
+            0.17 < row["ratios"][9] < 0.23 for row in strong
+        ),
+        "`monotone_fista` has the worst case of FISTA": np.allclose(
+            exact(of("monotone_fista")[0]), exact(fista_with_prox), rtol=1e-5
+        ),
+        "keeps FISTA's bound over the steps between two restarts": kept(restarted),
+        "although the gap is up to a seventh larger than without it": (
+            1 < max(np.divide(restarted["exact"], fista["exact"])) < 1 + 1 / 7
+        ),
+        "The bound of `rules.tmm` also holds at the gradient step from params": kept(tmm[1]),
+        "there the worst case is smaller": max(np.divide(tmm[1]["exact"], tmm[0]["exact"])) < 1,
+    }
+
+
 def speedup() -> dict[str, bool]:
     return claims.conclusions(report.load(claims.FOLDER))
 
@@ -206,6 +235,30 @@ def front() -> dict[str, bool]:
     return {
         phrase: speedup()[phrase],
         "but not always fewer than tuned heavy ball or Adam": all(beaten),
+    }
+
+
+def beside_others() -> dict[str, bool]:
+    """The numbers of our own on the page about those of others."""
+    found = claims.Speedup.of(report.load(claims.FOLDER))
+    of = {
+        row["every"]: row["loss"] for row in read("diloco")["results"] if row["method"] == "DiLoCo"
+    }
+    alone, *_ = (r["loss"] for r in read("diloco")["results"] if r["method"] != "DiLoCo")
+    larger = [r["loss"] for r in read("diloco_settings")["rows"] if r.get("outer_momentum") == 0.9]
+    averaged = [r for r in read("auto")["rows"] if r["method"] == "averaged(nag), constant"]
+    ratios, gains = ([row[key] for row in averaged] for key in ("ratio", "difference"))
+    gained = f"{min(gains):+.2f} to {max(gains):+.2f}"
+    times = lambda key: span(found.in_training(key).values(), 2)
+    losses = " and ".join(", ".join(f"{of[h]:.3f}" for h in (1, 8, 32, 128)).rsplit(", ", 1))
+    return {
+        f"tuned SGD needs {times('sgd')} times the steps of tuned NAG": True,
+        f"tuned heavy ball {times(claims.BALL)} times": True,
+        f"tuned Adam {times('adam')} times": True,
+        f"Tuned Nadam needs {times('nadam')} times the steps of tuned NAG": True,
+        f"test loss {alone:.3f} of synchronous NAG, {losses} of DiLoCo": True,
+        "an outer momentum of 0.9, as in the paper, was worse than 0.5": min(larger) > of[128],
+        f"{span(ratios, 2)} times the steps, accuracy {gained} points": True,
     }
 
 
@@ -237,5 +290,7 @@ CONCLUSIONS = [
     Conclusions(ROOT / "examples" / "trainer" / "README.md", trainer),
     Conclusions(DOCS / "does_it_help.md", speedup),
     Conclusions(DOCS / "step_sizes.md", on_step_sizes_page),
+    Conclusions(DOCS / "proved.md", certificates),
+    Conclusions(DOCS / "measured_by_others.md", beside_others),
     *(Conclusions(PAGE, phrases) for phrases in ON_BENCHMARKS),
 ]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.convergence
 
-Needs jaxopt 0.8.5 beside the examples' packages. Writes results/convergence.json and the table in
-README.md. A gradient evaluation of ``minimize`` is a step, a retry of its backtracking too; one of
+Needs jaxopt 0.8.5 and the packages of the examples. Writes results/convergence.json and the table
+in README.md. A gradient evaluation of ``minimize`` is a step or a retry of its backtracking; one of
 jaxopt is an iteration. The function values of neither's line search are counted. Products with the
 Hessian for a learning rate of 1/L are counted apart.
 """

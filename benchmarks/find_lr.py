@@ -1,4 +1,4 @@
-"""What ``--config.find_lr=True`` suggests, beside the learning rates that the recipes have.
+"""Compares what ``--config.find_lr=True`` suggests with the learning rates of the recipes.
 
 ``python -m benchmarks.find_lr`` writes benchmarks/results/find_lr.json.
 """

@@ -1,4 +1,4 @@
-"""What a result file must say about where it came from."""
+"""The origin of the results in a file."""
 
 import os
 import platform

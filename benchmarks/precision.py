@@ -1,10 +1,10 @@
-"""What lean momentum costs: bytes of state for each parameter, and final losses of real training.
+"""The cost of momentum in low precision: bytes of state per parameter, and final losses.
 
     python -m benchmarks.precision [--seeds 5] [--only mlp cnn gru]
 
 Each run of a storage starts from the same parameters and sees the same batches as the float32 run
 of its seed. Losses are those of the whole training set at the evaluated iterate after the last
-step. The recipes are those of ``configs``, smaller where the comment says so.
+step. The recipes are those of ``configs``, some of them smaller, as commented.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def shares_of_limit(storage: Any, momenta: tuple[float, ...] = (0.9, 0.99, 0.999
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What lean momentum costs.")
+    parser = argparse.ArgumentParser(description="The cost of momentum in low precision.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=["mlp", "cnn", "gru"])
     arguments = parser.parse_args()

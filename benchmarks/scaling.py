@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.scaling`` takes all GPUs or TPU cores there are, or 8 virtual CPU devices,
 which share the machine's cores: there only the order of the rows means something, and the bytes.
-Steps per second of CPU time tell what other programs on the machine do not change. Writes
+Steps per second of CPU time do not depend on other programs on the machine. Writes
 benchmarks/results/scaling.json.
 """
 

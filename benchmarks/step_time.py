@@ -1,14 +1,14 @@
-"""Time of one optimizer step, update and apply, beside optax and PyTorch, on CPU or GPU.
+"""Time of one optimizer step, update and apply, compared with optax and PyTorch, on CPU or GPU.
 
     python -m benchmarks.step_time [--shapes "one leaf of 20 M" ...] [--rounds 15] [--table]
 
 A step is jitted, its params and state donated; gradients are given. The contestants take turns in
-random order, several steps a turn. All are built anew three times, in random order, as where
-arrays come to lie in memory changes the time of thousands of small ones. Optax takes part twice,
+random order, several steps a turn. All are built again three times, in random order, since the
+place of arrays in memory changes the time of thousands of small ones. Optax takes part twice,
 and a ratio is the median over the rounds of the quotient with the mean of the two in the same
-round: their own ratios show what the measurement cannot tell from 1. Results of the shapes
+round: their own ratios show the resolution of the measurement. Results of the shapes
 that were run replace those in results/step_time.json; --table prints them without running
-anything. Fewer tiny leaves are measured beside the 2,000 for how the cost of a leaf grows.
+anything. Fewer tiny leaves than 2,000 are also measured, for how the cost of a leaf grows.
 """
 
 import argparse
@@ -205,7 +205,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 
 def import_times(runs: int = 5) -> dict[str, float]:
-    """Seconds, each in a process of its own: jax and optax, and nag_jax after them."""
+    """Seconds, each in a separate process: jax and optax, and nag_jax after them."""
     code = ("import time; a = time.perf_counter(); import jax; b = time.perf_counter(); "
             "import optax; c = time.perf_counter(); import nag_jax; d = time.perf_counter(); "
             "print(b - a, c - b, d - c)")  # fmt: skip

@@ -1,13 +1,13 @@
-"""Gradients and values that self-tuning step sizes need, beside NAG with a restart and known L.
+"""Gradients and values that automatic step sizes need, compared with NAG with restart and known L.
 
     python -m benchmarks.stepsizes
 
-Needs jaxopt 0.8.5 beside the examples' packages. Writes results/stepsizes.json and the table in
+Needs jaxopt 0.8.5 and the packages of the examples. Writes results/stepsizes.json and the table in
 README.md. Gaps are relative to that at the start. Everything is float64.
 
 A gradient evaluation of ``backtracking`` and ``adanag`` is a step, a retry or the trial step too;
 of jaxopt's accelerated solver an iteration; of ``optax.lbfgs`` one point of its zoom line search,
-which wants a gradient with each value. Values are those beside the gradients' own.
+which needs a gradient with each value. Values are those in addition to one per gradient.
 """
 
 import importlib

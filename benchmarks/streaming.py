@@ -5,9 +5,9 @@
 Writes 10 million rows of 32 features in 10 classes to disk, trains softmax regression on them
 with ``nag_jax.nag`` for one epoch, and writes results/streaming.json. The labels are those of a
 linear teacher whose scores have noise, so no classifier gets them all right: the teacher's own
-accuracy is in the file beside the one reached. A second, untimed epoch traces the Python heap,
+accuracy is in the file next to the one reached. A second, untimed epoch traces the Python heap,
 which would slow the first down by a third. The files were written just before, so most of them
-are read from the page cache: rows per second say what the program costs, not the disk.
+are read from the page cache: rows per second measure the program, not the disk.
 """
 
 import argparse

@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import auto, auto_factors, convergence, one_loop, recipes, step_time, stepsizes
+from benchmarks import (
+    auto,
+    auto_factors,
+    certificates,
+    convergence,
+    one_loop,
+    recipes,
+    step_time,
+    stepsizes,
+)
 from benchmarks.readme import PAGE, markdown, source, write_section
 from benchmarks.speedup import claims, report
 
@@ -187,6 +196,7 @@ def sections() -> Iterator[tuple[str, str, Path]]:
         yield name, table(read(name)), PAGE
     yield "storages", storages(read("precision")), DOCS / "precision.md"
     yield "step sizes", stepsizes.summary(read("stepsizes")), DOCS / "step_sizes.md"
+    yield "certificates", certificates.table(read("certificates")), DOCS / "proved.md"
     yield "recipes", recipes.table(read("recipes")), TRAINER
     found = report.load(RESULTS / "speedup")
     for name, text in report.sections(found).items():

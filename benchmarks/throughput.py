@@ -171,7 +171,7 @@ def configured(model: str) -> Any:
 
 
 def work(pipe: Any, framework: str, model: str) -> None:
-    """A process of its own for each framework: their idle threads would slow each other down."""
+    """A separate process for each framework: their idle threads would slow each other down."""
     torch.manual_seed(0)
     config = configured(model)
     run = RUNNERS[framework](config, datasets.load(config))
@@ -208,7 +208,7 @@ def compare(model: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The trainer's speed beside PyTorch's.")
+    parser = argparse.ArgumentParser(description="The trainer's speed compared with PyTorch's.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--also_ran", default="nothing else", help="for the result file")

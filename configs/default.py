@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     # nag | averaged | lookahead | snoo (these three wrap nag) | nag_then_sgd (no schedule of the
     # learning rate) | nag_auto (finds its learning rate) | heavy_ball | fista | chambolle_dossal |
     # ogm | estimate_sequence | qhm | gpa | agnes | mass | accsgd | srsgd (defaults of the papers) |
-    # sgd | momentum | nesterov | adam | adamw | nadam | nadamw
+    # sgd | momentum | nesterov | adam | adamw | ema_nesterov (around adamw) | nadam | nadamw
     config.optimizer.name = "nag"
     config.optimizer.convention = "optax"  # nag: optax | sutskever
     config.optimizer.switch_step = 1000  # nag_then_sgd: the first step of SGD

@@ -135,6 +135,21 @@ def filled(tree: PyTree, default: Tree) -> Tree:
     )
 
 
+def copied(params: Params, dtype: DTypeLike | None = None) -> Params:
+    """A copy of ``params``, which can be donated together with them; abstract for abstract leaves.
+
+    It has the dtype of each parameter, or ``dtype`` as :func:`buffer_dtype` reads it.
+    """
+
+    def copy(p: Leaf) -> Leaf:
+        own = dtype_of(p) if dtype is None else buffer_dtype(dtype_of(p), dtype)
+        if isinstance(p, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(p.shape, own, sharding=p.sharding)
+        return jnp.array(p, own, copy=True)
+
+    return jax.tree.map(copy, params)
+
+
 def trained(params: PyTree, buffer: Tree) -> Tree:
     """``params`` with None where ``buffer`` has it.
 
@@ -174,8 +189,10 @@ def _described(tree: PyTree) -> str:
 
 def applied(u: ArrayLike, p: ArrayLike) -> jax.Array:
     """The distance by which ``optax.apply_updates`` moves ``p``, in at least float32."""
-    if dtype_of(p).itemsize >= 4:
-        return wide(u)
-    # Not a cast to the dtype of p and back, which XLA may remove.
-    kind = jnp.finfo(dtype_of(p))
-    return jax.lax.reduce_precision(wide(p) + wide(u), kind.nexp, kind.nmant) - wide(p)
+    after = wide(p) + wide(u)
+    if dtype_of(p).itemsize < 4:
+        # Not a cast to the dtype of p and back, which XLA may remove.
+        kind = jnp.finfo(dtype_of(p))
+        after = jax.lax.reduce_precision(after, kind.nexp, kind.nmant)
+    # Also for float32 not ``u``: XLA on TPU would not make params and what follows in one pass.
+    return after - wide(p)

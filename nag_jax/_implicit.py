@@ -7,7 +7,7 @@ Jacobians of a gradient and of a prox are symmetric only there.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,22 @@ from jax.core import eval_jaxpr
 from jax.flatten_util import ravel_pytree
 
 from nag_jax._arithmetic import real_like, wide
+from nag_jax._types import Params, Prox, PyTree, Scalar, Tree
 
-Reals = list[jax.Array]
+Reals: TypeAlias = list[jax.Array]
+Floats: TypeAlias = list[jax.Array]  # the leaves of the data that can be differentiated
+Linear: TypeAlias = Callable[[Reals], Reals]
+Solve: TypeAlias = Callable[[Linear, Reals], Reals]  # of a symmetric system
 
-_SMALL = 128  # unknowns up to which all eigenvalues of a matrix are found at once
-_DENSE = 1024  # and up to which they are where conjugate gradients fail
-_BATCH = 32  # products with a matrix at once, for its rows
-_STEPS = 10_000  # of conjugate gradients at most
+_SMALL = 128  # unknowns up to which a system is solved by the eigenvalues of its matrix
+_DENSE = 1024  # the same where conjugate gradients fail
+_BATCH = 32  # rows of a matrix that are computed at once
+_STEPS = 10_000  # largest number of steps of conjugate gradients
 
 
-def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
+def hoisted(
+    function: Callable[..., PyTree], *examples: PyTree
+) -> tuple[Callable[..., PyTree], list[jax.Array]]:
     """``function`` with the arrays it closes over as a first argument, and those arrays.
 
     ``jax.closure_convert`` leaves integers, booleans and keys in the closure, from where a rule
@@ -33,7 +39,7 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*examples)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shape)
 
-    def with_data(data: list[Any], *arguments: Any) -> Any:
+    def with_data(data: list[jax.Array], *arguments: PyTree) -> PyTree:
         leaves = jax.tree.leaves(arguments)
         return jax.tree.unflatten(structure, eval_jaxpr(jaxpr, data, *leaves))
 
@@ -41,18 +47,21 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
 
 
 def with_derivatives(
-    x: Any,
-    gradient: Callable[[Any], Any],
-    prox: Callable[[Any, Any], Any] | None,
+    x: Params,
+    gradient: Callable[[Params], Params],
+    prox: Prox | None,
     exists: jax.Array,
-) -> Any:
-    """``x``, with derivatives in all that ``gradient`` and ``prox`` close over.
+) -> Params:
+    """Returns ``x`` with derivatives with respect to all that ``gradient`` and ``prox`` close over.
 
     Args:
       x: the solution, a tree of floating or complex arrays.
       gradient: from trees like x to the real gradient, complex where x is.
       prox: ``(tree, step) -> tree``; None: x is a root of the gradient.
       exists: whether x is a solution; if not, derivatives are NaN.
+
+    Returns:
+      The values of x.
     """
     v, like = _reals(x), jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), x)
     if not v:
@@ -70,13 +79,13 @@ def with_derivatives(
     after, after_data = hoisted(real_prox, v, norm(v))
 
     @jax.custom_jvp
-    def solution(v: Reals, exists: jax.Array, data: Any) -> Reals:
+    def solution(v: Reals, exists: jax.Array, data: PyTree) -> Reals:
         del exists, data
         return v
 
-    def tangent(primals: Any, tangents: Any) -> tuple[Reals, Reals]:
+    def tangent(primals: PyTree, tangents: PyTree) -> tuple[Reals, Reals]:
         _, exists, data = primals
-        v = solution(*primals)  # which knows, for derivatives of this one, that it depends on data
+        v = solution(*primals)  # not primals[0]: v depends on data, for higher derivatives
         floats, moves, joined = _floats(data, tangents[2])
         g = lambda v, floats: slope(joined(floats)[0], v)
         z = lambda z, step, floats: after(joined(floats)[1], z, step)
@@ -84,24 +93,34 @@ def with_derivatives(
             move = _of_root(g, v, floats, moves, solve)
         else:
             move = _of_fixed_point(g, z, v, floats, moves, solve)
-        # A factor, which is NaN in the transposed direction, too.
+        # A factor is NaN in reverse mode too.
         return v, [x * jnp.where(exists, 1, jnp.nan).astype(x.dtype) for x in move]
 
     solution.defjvp(tangent)
     return _like(like, solution(v, exists, (slope_data, after_data)), narrow=True)
 
 
-def _of_root(gradient: Any, v: Reals, data: Any, moves: Any, solve: Any) -> Reals:
-    """How v moves with the data: H dv = -change, where change is how the gradient does at v."""
+def _of_root(
+    gradient: Callable[[Reals, Floats], Reals], v: Reals, data: Floats, moves: Floats, solve: Solve
+) -> Reals:
+    """The tangent of v: H dv = -change, where change is the tangent of the gradient at fixed v."""
     change = jax.jvp(lambda data: gradient(v, data), (data,), (moves,))[1]
     hessian = jax.linearize(lambda v: gradient(v, data), v)[1]
     return solve(hessian, [-x for x in change])
 
 
-def _of_fixed_point(gradient: Any, prox: Any, v: Reals, data: Any, moves: Any, solve: Any) -> Reals:
-    """How v = prox(v - s*gradient) moves with the data, for a step s of about 1/|H|.
+def _of_fixed_point(
+    gradient: Callable[[Reals, Floats], Reals],
+    prox: Callable[[Reals, jax.Array, Floats], Reals],
+    v: Reals,
+    data: Floats,
+    moves: Floats,
+    solve: Solve,
+) -> Reals:
+    """The tangent of v = prox(v - s*gradient), for a step s of about 1/|H|.
 
-    With H the Hessian, P the derivative of the prox, and change how the right side moves at v,
+    With H the Hessian, P the derivative of the prox, and change the tangent of the right side at
+    fixed v,
 
         dv = P (I - sH) dv + change,
 
@@ -123,13 +142,13 @@ def _of_fixed_point(gradient: Any, prox: Any, v: Reals, data: Any, moves: Any, s
     return _add(change, 1, p(w))
 
 
-def _floats(data: Any, moved: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], Any]]:
-    """The leaves that can be differentiated, their tangents, and the data with others instead."""
+def _floats(data: PyTree, moved: PyTree) -> tuple[Floats, Floats, Callable[[Floats], PyTree]]:
+    """The leaves that can be differentiated, their tangents, and a function that replaces them."""
     leaves, structure = jax.tree.flatten(data)
     places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
     tangents = jax.tree.leaves(moved)
 
-    def joined(floats: list[Any]) -> Any:
+    def joined(floats: Floats) -> PyTree:
         new = list(leaves)
         for i, x in zip(places, floats, strict=True):
             new[i] = x
@@ -138,8 +157,8 @@ def _floats(data: Any, moved: Any) -> tuple[list[Any], list[Any], Callable[[list
     return [leaves[i] for i in places], [tangents[i] for i in places], joined
 
 
-def _step(hessian: Callable[[Reals], Reals], v: Reals) -> jax.Array:
-    """About 1 / the largest curvature. Only rounding depends on it, so it has no derivative."""
+def _step(hessian: Linear, v: Reals) -> jax.Array:
+    """About 1/(largest curvature), without a derivative, since only rounding depends on it."""
     product = lambda v: jax.lax.stop_gradient(hessian(v))
     unit = lambda v: [x / real_like(norm(v), x) for x in v]
     start = [jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in v]
@@ -147,11 +166,11 @@ def _step(hessian: Callable[[Reals], Reals], v: Reals) -> jax.Array:
     return jnp.where(size > 0, 1 / size, 1)
 
 
-def _solve(matrix: Callable[[Reals], Reals], b: Reals, *, precision: float) -> Reals:
-    """The solution of least norm of a symmetric system, itself differentiable to any order.
+def _solve(matrix: Linear, b: Reals, *, precision: float) -> Reals:
+    """The least-norm solution of a symmetric system, itself differentiable to any order.
 
-    NaN if b is not in the range of the matrix. In the transposed system b is any cotangent, and
-    what of it is not in the range has no effect.
+    NaN if b is not in the range of the matrix. The transposed system is solved for any b, after
+    projecting it onto the range: there b is a cotangent, which may have any direction.
     """
     # As one array: JAX cannot transpose a solve of which only some leaves depend on a tangent.
     flat, unravel = ravel_pytree(b)
@@ -170,14 +189,16 @@ def _solve(matrix: Callable[[Reals], Reals], b: Reals, *, precision: float) -> R
 def _pseudo_inverse(
     product: Callable[[jax.Array], jax.Array], b: jax.Array, *, precision: float, strict: bool
 ) -> jax.Array:
-    """By eigenvalues; with many unknowns by conjugate gradients, and by eigenvalues if these fail.
+    """The product of the pseudo-inverse with ``b``; if ``strict``, NaN for a b outside the range.
 
-    They fail for a b that is not in the range of the matrix, and if it is not positive.
+    It uses eigenvalues for few unknowns, otherwise conjugate gradients. These fail if b is not in
+    the range of the matrix, or if the matrix is not positive semidefinite; then eigenvalues are
+    used again, up to a number of unknowns where a dense matrix still fits.
     """
     n, size = b.size, norm(b)
     unit = b / jnp.where(size > 0, size, 1)
 
-    def dense(_: Any) -> tuple[jax.Array, jax.Array]:
+    def dense(_: PyTree) -> tuple[jax.Array, jax.Array]:
         batch = min(n, _BATCH)
         rows = jnp.eye(-(-n // batch) * batch, n, dtype=b.dtype).reshape(-1, batch, n)
         rows = jax.lax.map(jax.vmap(product), rows).reshape(-1, n)[:n]
@@ -196,8 +217,8 @@ def _pseudo_inverse(
     x, small = cg(unit), precision**0.4
     solved = norm(unit - product(x)) <= small
 
-    def projected(_: Any) -> tuple[jax.Array, jax.Array]:
-        # A^+ A takes out what is not in the range, first of b, in the end what rounding left in x.
+    def projected(_: PyTree) -> tuple[jax.Array, jax.Array]:
+        # A^+ A projects onto the range: first b, and in the end x, which rounding has moved.
         image = product(unit)
         x = cg(product(cg(cg(image))))
         solved = norm(image - product(product(x))) <= small * norm(image)
@@ -210,8 +231,8 @@ def _pseudo_inverse(
     return size * jnp.where(solved, x, jnp.nan)
 
 
-def norm(tree: Any) -> jax.Array:
-    """Over all leaves, in float32 at least; scaled, so that large entries do not overflow."""
+def norm(tree: PyTree) -> jax.Array:
+    """The norm over all leaves, in at least float32, without overflow in the squares."""
     leaves = [jnp.abs(wide(x)) for x in jax.tree.leaves(tree) if x.size]
     if not leaves:
         return jnp.zeros([], float)
@@ -220,17 +241,17 @@ def norm(tree: Any) -> jax.Array:
     return scale * jnp.sqrt(sum(jnp.sum((x / scale) ** 2) for x in leaves))
 
 
-def _reals(tree: Any) -> Reals:
-    """The leaves in float32 at least, complex ones as two."""
+def _reals(tree: PyTree) -> Reals:
+    """The leaves in at least float32, each complex one as its real and imaginary parts."""
     parts = lambda x: [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     return [part for leaf in jax.tree.leaves(tree) for part in parts(wide(leaf))]
 
 
-def _like(x: Any, v: Reals, *, narrow: bool = False) -> Any:
-    """The tree like ``x`` of which ``v`` are the reals; in the dtypes of x if ``narrow``."""
+def _like(x: Tree, v: Reals, *, narrow: bool = False) -> Tree:
+    """The inverse of :func:`_reals`: a tree like ``x``, in the dtypes of x if ``narrow``."""
     left = iter(v)
 
-    def leaf(x: Any) -> jax.Array:
+    def leaf(x: jax.ShapeDtypeStruct) -> jax.Array:
         new = next(left)
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             new = jax.lax.complex(new, next(left))
@@ -239,5 +260,6 @@ def _like(x: Any, v: Reals, *, narrow: bool = False) -> Any:
     return jax.tree.map(leaf, x)
 
 
-def _add(x: Reals, scale: Any, y: Reals) -> Reals:
+def _add(x: Reals, scale: Scalar, y: Reals) -> Reals:
+    """``x + scale*y``."""
     return [a + real_like(scale, b) * b for a, b in zip(x, y, strict=True)]

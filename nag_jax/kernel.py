@@ -1,7 +1,7 @@
-"""The kernel: one params-sized buffer and, each step, the scalars of a rule."""
+"""``accelerate``: one buffer of the size of params, and the scalars of a rule at each step."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,67 +11,77 @@ from jax.core import Tracer
 from nag_jax import restart as conditions
 from nag_jax._arithmetic import as_arrays, cast_like, cast_tree, map_gradients, mix
 from nag_jax._paths import at_paths, by_path, only_scalar
+from nag_jax._types import (
+    AxisName,
+    BufferDType,
+    Params,
+    PyTree,
+    RestartLike,
+    Scalar,
+    Updates,
+    transformation,
+)
 from nag_jax.precision import storage as storages
 from nag_jax.restart import decision
-from nag_jax.rules.rule import Coefficients, Rule, Scalar, scalar
+from nag_jax.rules.rule import Coefficients, Rule, scalar
 
-_STALLS = 0.98  # from this momentum on, a bfloat16 buffer loses over a tenth of its limit
-_STEPS_AHEAD = 20_000  # how far a scheduled momentum is looked at for that
+_STALLS = 0.98  # with this momentum, a bfloat16 buffer stops more than a tenth below its limit
+_STEPS_AHEAD = 20_000  # steps of a scheduled momentum that are checked for that
 
 
 class AccelerateState(NamedTuple):
     """State of :func:`accelerate`."""
 
-    m: optax.Updates  # like params; dtype of params, or accumulator_dtype (bfloat16, int8)
-    carry: Any  # the rule's scalars
+    m: Updates  # like params; dtype of params, or accumulator_dtype (bfloat16, int8)
+    carry: PyTree  # the rule's scalars
     readout: jax.Array  # shape=(), default float dtype
-    restart: Any = ()  # RestartState if there is a restart condition
-    storage: Any = ()  # NoiseState or BlockState if the buffer is stored by stochastic rounding
+    restart: PyTree = ()  # RestartState if there is a restart condition
+    storage: PyTree = ()  # NoiseState or BlockState if the buffer is stored by stochastic rounding
 
-    def iterate(self, params: optax.Params) -> optax.Params:
+    def iterate(self, params: Params) -> Params:
         """Returns ``params + readout*m``, for :func:`eval_params`."""
         buffer = storages.read(self.m, self.storage)
         return shifted(params, buffer, only_scalar(self.readout))
 
 
 class BeforeLearningRateState(AccelerateState):
-    """The same for a rule such as ``rules.trace``: the learning rate follows in the chain."""
+    """State for a rule such as ``rules.trace``, after which the learning rate follows."""
 
 
 class AtParamsState(AccelerateState):
-    """The same for a rule such as ``rules.heavy_ball``: params are the iterate to evaluate."""
+    """State for a rule such as ``rules.heavy_ball``: params are the iterate to evaluate."""
 
 
 def accelerate(
     rule: Rule,
-    restart: str | conditions.Condition | None = None,
+    restart: RestartLike = None,
     *,
-    axis_name: Any = None,
-    accumulator_dtype: Any = None,
+    axis_name: AxisName | None = None,
+    accumulator_dtype: BufferDType = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Nesterov's momentum, and its relatives, on whatever step the chain proposes.
+    r"""Adds Nesterov momentum, or that of a related method, to the updates of the links before it.
 
-    With ``u`` the update that arrives here and the rule's scalars of this step,
+    With :math:`u` the incoming update, :math:`m` the buffer, and the rule's scalars of this step,
 
     .. math::
         m' = \beta m + \kappa u, \qquad
         \mathrm{update} = d\, u + l\, m', \qquad
         x_{\mathrm{eval}} = \mathrm{params} + r\, m'
 
-    Put it *last*, after the learning rate, for rules in units of the parameters
-    (``rules.nesterov``, ...): that is exact under any schedule. ``rules.trace`` alone stands
-    before the learning rate. A link that follows and changes the update also moves the iterate,
-    so :func:`eval_params` refuses most of them. All arithmetic is float32 at least, float64 where
-    leaves are.
+    Place it last in the chain, after the learning rate: most rules work in units of the parameters
+    and are then exact under any schedule. ``rules.trace`` is the exception and goes before the
+    learning rate. A later link that changes the update also moves the iterate, so
+    :func:`eval_params` raises an error for most of them. Arithmetic uses at least float32, and
+    float64 for float64 leaves.
 
     Args:
       rule: the method, from ``nag_jax.rules``.
       restart: "gradient", "value" (update then needs ``value=loss``), "speed", or a condition from
-        ``nag_jax.restart``; None: never. In the step after it held, the last extrapolation is
-        taken back and the rule starts again. It needs a rule with d = l = 1. The state has the
-        number of restarts: ``optax.tree.get(state, "restarts")``.
-      axis_name: inside ``shard_map`` or ``pmap``, the axis or axes over which leaves are sharded or
-        devices have a ``value`` of their own, for a restart that all devices agree on; None where
+        ``nag_jax.restart``; None: never. In the step after the condition was true, the last
+        extrapolation is undone and the rule starts again. A restart needs a rule with d = l = 1.
+        The state has the number of restarts: ``optax.tree.get(state, "restarts")``.
+      axis_name: the axis or axes of ``shard_map`` or ``pmap`` over which leaves are sharded or
+        devices have different values of the loss, so that all devices agree on a restart; None if
         every device holds all of each leaf and the same value.
       accumulator_dtype: floating or complex dtype of the buffer, or a storage such as
         ``nag_jax.stochastic_bfloat16()`` or ``nag_jax.int8_blocks()``; None: the dtype of each
@@ -79,32 +89,33 @@ def accelerate(
         a real buffer.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its update needs no ``params``, returns the
-      dtype of the incoming updates and never changes a shape or dtype of its state.
+      An ``optax.GradientTransformationExtraArgs``. Its update does not need ``params``. It returns
+      the dtypes of the incoming updates, and keeps the shapes and dtypes of its state.
 
     Raises:
-      ValueError: if accumulator_dtype is not such a dtype or storage, or for an unknown restart;
-        from ``init``, if a parameter is neither floating-point nor complex, or for a restart of a
-        rule whose d or l is not 1.
+      ValueError: if accumulator_dtype is neither a floating or complex dtype nor a storage, or for
+        an unknown restart; from ``init``, if a parameter is neither floating-point nor complex, or
+        for a restart of a rule whose d or l is not 1.
 
-    The point: any optimizer can be accelerated, and the iterate to evaluate is known.
+    Example:
+      Adam with Nesterov momentum. The parameters and the iterate to evaluate after one step:
 
-    >>> tx = optax.chain(optax.adam(0.1), nag_jax.accelerate(rules.nesterov(0.5)))
-    >>> params = jnp.array([1.0, -2.0])
-    >>> state = tx.init(params)
-    >>> updates, state = tx.update(jnp.array([1.0, -1.0]), state, params)
-    >>> params = optax.apply_updates(params, updates)
-    >>> for point in (params, nag_jax.eval_params(params, state)):
-    ...     print([f"{value:.2f}" for value in point])
-    ['0.85', '-1.85']
-    ['0.90', '-1.90']
+      >>> tx = optax.chain(optax.adam(0.1), nag_jax.accelerate(rules.nesterov(0.5)))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array([1.0, -1.0]), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> for point in (params, nag_jax.eval_params(params, state)):
+      ...     print([f"{value:.2f}" for value in point])
+      ['0.85', '-1.85']
+      ['0.90', '-1.90']
     """
     storage = storages.choose(accumulator_dtype)
     condition = conditions.by_name(restart)
     kind = BeforeLearningRateState if rule.before_learning_rate else AccelerateState
     kind = AtParamsState if rule.at_params else kind
 
-    def init(params: optax.Params) -> AccelerateState:
+    def init(params: Params) -> AccelerateState:
         m, memory = storage.init(params)
         if not storage.unbiased:
             _warn_where_momentum_stalls(rule, m)
@@ -116,11 +127,11 @@ def accelerate(
         return kind(m=m, carry=carry, readout=readout, restart=start, storage=memory)
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, AccelerateState]:
+        updates: Updates,
+        state: AccelerateState,
+        params: Params | None = None,
+        **extra_args: object,
+    ) -> tuple[Updates, AccelerateState]:
         del params
         state = as_arrays(state)
         carry, c = rule.step(state.carry)
@@ -154,27 +165,28 @@ def accelerate(
             storage=memory,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
-def shifted(params: Any, m: Any, by: Scalar) -> Any:
-    """``params + by*m``, in float32 at least, where ``m`` has a leaf; other leaves as they are."""
+def shifted(params: Params, m: PyTree, by: Scalar) -> Params:
+    """``params + by*m``, in at least float32, where ``m`` has a leaf; other leaves unchanged."""
     shift = lambda p, m: mix(1.0, p, by, m).astype(jnp.result_type(p))
     return at_paths(shift, params, by_path(m))
 
 
 def _in_one_array(c: Coefficients) -> Coefficients:
-    """The same scalars, those of the buffer as elements of one array that XLA cannot take apart.
+    """The same scalars, with those of the buffer as elements of one array that XLA keeps whole.
 
-    XLA merges the kernels of small leaves on a GPU if they read an array that they share: 27
-    launches instead of 161 for a ResNet-50. It does not for scalars or constants.
+    XLA merges the kernels of small leaves on a GPU if they read an array that they share, which
+    saves launches: 27 instead of 161 for a ResNet-50. It does not merge them for scalars or
+    constants.
     """
-    both = jnp.stack([jnp.asarray(scalar, float) for scalar in (c.beta, c.kappa)])
+    both = jnp.stack([jnp.asarray(scalar(x), float) for x in (c.beta, c.kappa)])
     shared = jax.lax.optimization_barrier(both)
     return c._replace(beta=shared[0], kappa=shared[1])
 
 
-def _warn_where_momentum_stalls(rule: Rule, m: Any) -> None:
+def _warn_where_momentum_stalls(rule: Rule, m: PyTree) -> None:
     narrow = {leaf.dtype.name for leaf in jax.tree.leaves(m) if leaf.dtype.itemsize < 4}
     momentum = _first_stalling_momentum(rule) if narrow else 0.0
     if isinstance(momentum, Tracer) or float(momentum) < _STALLS:
@@ -187,14 +199,14 @@ def _warn_where_momentum_stalls(rule: Rule, m: Any) -> None:
     )
 
 
-def _first_stalling_momentum(rule: Rule) -> Any:
+def _first_stalling_momentum(rule: Rule) -> Scalar:
     """The first momentum of the rule that stalls; if none does, that of the last step checked."""
     with jax.ensure_compile_time_eval():
         carry, c = rule.step(rule.init())
         if isinstance(c.beta, int | float):
             return c.beta
 
-        def advance(loop: Any) -> Any:
+        def advance(loop: PyTree) -> PyTree:
             k, carry, _ = loop
             carry, c = rule.step(carry)
             return k + 1, carry, jnp.asarray(c.beta, float)

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,16 @@ from nag_jax._arithmetic import real_like, wide
 from nag_jax._checks import check_count, check_optimizer, check_prox, check_range, given_scalar
 from nag_jax._compiled import compiled
 from nag_jax._implicit import hoisted, norm, with_derivatives
+from nag_jax._types import ArrayLike, KeyPath, OptState, Params, Prox, PyTree, Scalar, Tree
 from nag_jax.evaluation import evaluated
 from nag_jax.methods.backtracking import backtracking
-from nag_jax.proximal import Prox
+
+Fun: TypeAlias = Callable[[PyTree], ArrayLike]  # as the user gives it
+Objective: TypeAlias = Callable[[Params], jax.Array]  # checked: its value is one real number
+_Power: TypeAlias = tuple[Params, jax.Array, jax.Array, jax.Array]  # v, its last two sizes, step
 
 _PATIENCE = 10  # steps in a row that must be too small: a warm-up and a restart make single ones
-_ROUNDING = 8  # of an iterate, in units of the precision of params
+_ROUNDING_UNITS = 8  # rounding error of an iterate, in units of the precision of params
 _MOST_STEPS = 2**31 - 1  # counted in int32
 
 
@@ -33,7 +37,7 @@ class Reason(enum.IntEnum):
 class Result(NamedTuple):
     """What :func:`minimize` returns; scalars are arrays, so that it can be jitted and vmapped."""
 
-    params: Any  # the iterate to evaluate, like the start
+    params: PyTree  # the iterate to evaluate, like the start
     value: jax.Array  # fun(params), without a penalty, shape=()
     error: jax.Array  # the last one measured, at most tol if converged, shape=(), float32 at least
     steps: jax.Array  # gradients evaluated, shape=(), int32
@@ -42,66 +46,101 @@ class Result(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    params: Any
-    state: Any
+    params: Params
+    state: OptState
     error: jax.Array
     steps: jax.Array
     small: jax.Array  # steps in a row that were too small
     finite: jax.Array
-    sizes: Any  # with a prox: the largest that params were lately; their sums round by that
+    sizes: PyTree  # with a prox: recent largest sizes of the entries, which bound their rounding
 
 
 def minimize(
-    fun: Callable[[Any], Any],
-    params: Any,
+    fun: Fun,
+    params: PyTree,
     optimizer: optax.GradientTransformation | None = None,
     *,
     prox: Prox | None = None,
-    tol: float = 1e-6,
-    max_steps: int = 10_000,
+    tol: Scalar = 1e-6,
+    max_steps: int | jax.Array = 10_000,
     implicit_diff: bool = True,
 ) -> Result:
     r"""Minimizes ``fun``, plus the penalty or constraint of ``prox``, from ``params``.
 
-    It stops when the error, measured where the gradient is taken, is at most ``tol``: the norm of
-    the gradient, or with a prox :math:`\|p - \mathrm{prox}_1(p - \nabla f(p))\|`, which is 0
-    exactly at solutions and does not depend on the learning rate. It also stops after
-    ``max_steps``, when something is not finite, and when params no longer move.
+    The error is measured where the gradient is taken. It is the norm of the gradient, or with a
+    prox
 
-    ``jax.jit``, ``jax.vmap`` and, with respect to whatever ``fun`` and ``prox`` close over,
-    ``jax.grad`` and ``jax.jvp`` apply. Derivatives are those of the solution by the implicit
-    function theorem, not of the steps: they need a converged result and an invertible Hessian
-    (with a prox, an invertible derivative of the error's argument), and are zero with respect to
-    the start. They are not checked.
+    .. math:: \|p - \mathrm{prox}_1(p - \nabla f(p))\|,
+
+    which is 0 exactly at solutions and does not depend on the learning rate. The run stops when the
+    error is at most ``tol``, after ``max_steps``, when something is not finite, or when params no
+    longer move. With a prox, ``result.params`` are an output of the prox, whatever stopped the run:
+    sparse or feasible. ``minimize`` works inside ``jax.jit``, ``vmap``, ``scan`` and ``remat``.
+
+    ``result.params`` and ``result.value`` have derivatives of any order, in forward and reverse
+    mode, with respect to all floating-point and complex arrays that ``fun`` and ``prox`` close
+    over. They come from the implicit function theorem at ``result.params``, not from the steps, so
+    they are 0 with respect to the start, ``tol`` and the optimizer.
+
+    * If the run converged, they are the derivatives of the solution. If it stopped for another
+      reason, they are the same expressions at a point that is not a solution, an approximation that
+      is as good as the point. After ``NOT_FINITE`` they are NaN.
+    * If the Hessian is singular, solutions are not unique, and the derivative is the smallest
+      movement (the least-norm one) that keeps the gradient at 0. If the data move such that no
+      solution remains nearby, there is no derivative: forward mode gives NaN. Reverse mode does not
+      know how the data will move, and counts movements of the gradient outside the range of the
+      Hessian as 0.
+    * With a prox they use JAX's derivative of it. At a kink, such as an entry at exactly the
+      threshold of an l1 penalty, the solution has no derivative, and the result is what JAX returns
+      for the prox there.
+    * Above 1,024 unknowns the linear system is solved by conjugate gradients; NaN if they fail.
 
     Args:
-      fun: ``params -> scalar``, differentiable; data by closure.
-      params: the start, any pytree. Where ``prox`` is a constraint it may violate it.
-      optimizer: any ``optax.GradientTransformation``, the same prox at its head if there is one.
-        ``update`` gets ``value``, ``grad`` and ``value_fn`` as line searches want them. None:
-        ``nag_jax.backtracking(prox)``, FISTA with gradient restart that finds its step size, at
-        the price of about one more value of fun for each gradient.
-      prox: of a penalty or constraint beside fun; see ``nag_jax.proximal``.
-      tol: at least 0; in units of the gradient.
-      max_steps: gradients at most, at least 1.
-      implicit_diff: False for a fun that JAX can differentiate only once; then no derivatives.
+      fun: the objective, ``params -> scalar``, real and twice differentiable. It takes its data by
+        closure.
+      params: the start, any pytree of floating-point or complex arrays and Python numbers. If
+        ``prox`` is a constraint, the start may violate it.
+      optimizer: any ``optax.GradientTransformation``, which must itself take proximal steps if
+        there is a ``prox``. ``update`` gets ``value``, ``grad`` and ``value_fn``, as line searches
+        need them. None: ``nag_jax.backtracking(prox)``, FISTA with gradient restart and a step size
+        that is found automatically, at about one more value of fun for each gradient.
+      prox: ``(tree, step) -> tree``, of a penalty or constraint that is added to fun; see
+        ``nag_jax.proximal``. None: there is none.
+      tol: largest error of a converged result, at least 0, in units of the gradient.
+      max_steps: the largest number of gradients, at least 1.
+      implicit_diff: False to leave out the derivatives, which are then 0. That is for a fun that
+        JAX can differentiate only once.
 
     Returns:
-      A :class:`Result`; look at ``converged`` first.
+      A :class:`Result`. Look at ``converged`` first.
 
     Raises:
-      ValueError: for arguments out of range.
+      ValueError: for arguments out of range, a prox that does not take ``(tree, step)``, params
+        that are not floating-point or complex, or a fun that does not return one real number.
 
-    The point: nothing to tune, and a report instead of a NaN.
+    Example:
+      Nothing needs to be tuned, and a run that fails reports why:
 
-    >>> a, b = jnp.array([[2.0, 1.0], [1.0, 3.0], [0.0, 1.0]]), jnp.array([1.0, 2.0, 3.0])
-    >>> fun = lambda p: jnp.sum((a @ p - b) ** 2) / 2
-    >>> result = nag_jax.minimize(fun, jnp.zeros(2), prox=nag_jax.proximal.nonnegative(), tol=1e-4)
-    >>> print(result.converged, [f"{x:.2f}" for x in result.params])
-    True ['0.00', '0.91']
-    >>> result = nag_jax.minimize(fun, jnp.zeros(2), nag_jax.nag(1.0))
-    >>> print(result.converged, nag_jax.Reason(int(result.reason)).name)
-    False NOT_FINITE
+      >>> a, b = jnp.array([[2.0, 1.0], [1.0, 3.0], [0.0, 1.0]]), jnp.array([1.0, 2.0, 3.0])
+      >>> fun = lambda p: jnp.sum((a @ p - b) ** 2) / 2
+      >>> prox = nag_jax.proximal.nonnegative()
+      >>> result = nag_jax.minimize(fun, jnp.zeros(2), prox=prox, tol=1e-4)
+      >>> print(result.converged, [f"{x:.2f}" for x in result.params])
+      True ['0.00', '0.91']
+      >>> result = nag_jax.minimize(fun, jnp.zeros(2), nag_jax.nag(1.0))
+      >>> print(result.converged, nag_jax.Reason(int(result.reason)).name)
+      False NOT_FINITE
+
+      The derivative of the solution with respect to a penalty. Here the lasso shrinks each entry of
+      the target by the penalty, to 0 at most, so the derivative is -1, 1 or 0:
+
+      >>> target = jnp.array([3.0, -2.0, 0.1])
+      >>> def solution(penalty):
+      ...     fun = lambda p: jnp.sum((p - target) ** 2) / 2
+      ...     prox = nag_jax.proximal.l1(penalty)
+      ...     return nag_jax.minimize(fun, jnp.zeros(3), prox=prox, tol=1e-4).params
+      >>> print([f"{x:.1f}" for x in jax.jacfwd(solution)(0.5)])
+      ['-1.0', '1.0', '0.0']
 
     References:
       Blondel et al., Efficient and modular implicit differentiation, 2021, arXiv:2105.15183.
@@ -117,7 +156,7 @@ def minimize(
     # Arrays, so that one compiled program does for all values.
     limits = jnp.asarray(tol, float), jnp.asarray(max_steps, jnp.int32)
 
-    def solved(params: Any) -> Result:
+    def solved(params: Params) -> Result:
         value = _scalar(fun)
         run = lambda params: _run(value, params, optimizer, prox, *limits)
         # The steps are not differentiated, whatever takes part in them.
@@ -125,84 +164,99 @@ def minimize(
         x, error, steps, reason = run(*jax.lax.stop_gradient((data, params)))
         if implicit_diff:
             exists = reason != Reason.NOT_FINITE
-            x = with_derivatives(x, lambda p: _gradient(value)(p)[1], prox, exists)
+            x = with_derivatives(x, lambda p: _value_and_gradient(value, p)[1], prox, exists)
         y = value(x)
         converged = (reason == Reason.TOLERANCE) & jnp.isfinite(y) & jnp.isfinite(norm(x))
         return Result(x, y, error, steps, converged, reason)
 
     params = _floating(params)
-    rules = prox is not None and "custom_" in str(jax.make_jaxpr(prox)(params, 1.0))
-    return compiled(solved, params, owner=fun, parts=(optimizer, prox), opaque=rules)
+    has_rules = prox is not None and "custom_" in str(jax.make_jaxpr(prox)(params, 1.0))
+    return compiled(solved, params, owner=fun, parts=(optimizer, prox), opaque=has_rules)
 
 
-def largest_curvature(fun: Callable[[Any], Any], params: Any, *, max_steps: int = 100) -> jax.Array:
-    r"""The largest curvature of ``fun`` at ``params``, an estimate of L, by power iteration.
+def largest_curvature(fun: Fun, params: PyTree, *, max_steps: int = 100) -> jax.Array:
+    r"""Estimates the largest curvature of ``fun`` at ``params`` by power iteration.
 
-    Exact everywhere for quadratics. Other functions may be steeper elsewhere: take the point of
-    largest curvature, such as 0 for logistic regression. A learning rate is 1/L.
+    .. math:: L = \max_v \frac{\|\nabla^2 f(p)\, v\|}{\|v\|}
+
+    The estimate holds everywhere for a quadratic. Other functions may be steeper elsewhere; take
+    the point of largest curvature, such as 0 for logistic regression. A learning rate is 1/L.
 
     Args:
-      fun: ``params -> scalar``, twice differentiable.
-      params: where, any pytree of real arrays.
-      max_steps: products with the Hessian at most; it stops once they change L by less than 0.1 %.
+      fun: the objective, ``params -> scalar``, real and twice differentiable.
+      params: the point, any pytree of real arrays.
+      max_steps: the largest number of products with the Hessian, at least 1. The iteration stops
+        once they change L by less than 0.1 %.
 
     Returns:
-      The estimate plus 2 %, since the iteration comes from below; 1 where there is no curvature.
-      Float ``[]``.
+      The estimate plus 2 %, since the iteration approaches L from below; 1 where there is no
+      curvature. Float ``[]``.
 
     Raises:
-      ValueError: if max_steps is below 1.
+      ValueError: if max_steps is below 1, params are not floating-point, or fun does not return one
+        real number.
 
-    >>> curvature = jnp.array([3.0, 1.0, 0.1])
-    >>> fun = lambda p: jnp.sum(curvature * p**2) / 2
-    >>> print(f"{nag_jax.largest_curvature(fun, jnp.ones(3)):.2f}")
-    3.06
+    Example:
+      >>> curvature = jnp.array([3.0, 1.0, 0.1])
+      >>> fun = lambda p: jnp.sum(curvature * p**2) / 2
+      >>> print(f"{nag_jax.largest_curvature(fun, jnp.ones(3)):.2f}")
+      3.06
+
+    References:
+      Golub, Van Loan, Matrix Computations, 2013, section 7.3.
     """
     check_count("max_steps", max_steps)
     curvature = lambda params: _power_iteration(_scalar(fun), params, max_steps)
     return compiled(curvature, _floating(params), owner=fun, parts=None, opaque=False)
 
 
-def _power_iteration(fun: Any, params: Any, max_steps: int) -> jax.Array:
+def _power_iteration(fun: Objective, params: Params, max_steps: int) -> jax.Array:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
     start = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=False)]
     scale = lambda by, v: jax.tree.map(lambda x: (wide(x) * real_like(by, x)).astype(x.dtype), v)
     unit = lambda v, size: scale(1 / jnp.where(size > 0, size, 1), v)
 
-    def body(carry: Any) -> Any:
+    def body(carry: _Power) -> _Power:
         v, _, new, k = carry
         image = jax.jvp(jax.grad(fun), (params,), (unit(v, new),))[1]
         return image, new, norm(image), k + 1
 
-    def going(carry: Any) -> jax.Array:
+    def unsettled(carry: _Power) -> jax.Array:
         _, old, new, k = carry
         return (k < max_steps) & ((k < 2) | (jnp.abs(new - old) > 1e-3 * new))
 
     v = jax.tree.unflatten(structure, start)
     size = norm(v)
-    _, _, size, _ = jax.lax.while_loop(going, body, (v, size, size, 0))
+    carry = (v, size, size, jnp.zeros([], int))
+    _, _, size, _ = jax.lax.while_loop(unsettled, body, carry)
     return jnp.where(size > 0, 1.02 * size, 1.0)
 
 
 def _run(
-    fun: Any, params: Any, optimizer: Any, prox: Any, tol: jax.Array, max_steps: jax.Array
-) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-    """The params found, error, steps, reason."""
+    fun: Objective,
+    params: Params,
+    optimizer: optax.GradientTransformation | None,
+    prox: Prox | None,
+    tol: jax.Array,
+    max_steps: jax.Array,
+) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
+    """The iterate to evaluate, the error, the number of steps and the reason for stopping."""
     tx = optax.with_extra_args_support(backtracking(prox) if optimizer is None else optimizer)
+    tol = tol.astype(norm(params).dtype)
 
-    def going(loop: _Loop) -> jax.Array:
+    def unfinished(loop: _Loop) -> jax.Array:
         stop = (loop.error <= tol) | (loop.steps >= max_steps) | (loop.small >= _PATIENCE)
         return ~stop & loop.finite
 
     def body(loop: _Loop) -> _Loop:
         p = loop.params
-        value, g = _gradient(fun)(p)
+        value, g = _value_and_gradient(fun, p)
         error = _error(p, g, prox)
         updates, state = tx.update(g, loop.state, p, value=value, grad=g, value_fn=fun)
         new = optax.apply_updates(p, updates)
         moved = norm(_minus(new, p))
-        small = moved <= _rounding(p) * norm(p)
+        small = moved <= _smallest_step(p) * norm(p)
         finite = jnp.isfinite(error) & (moved < _limit(moved))
         finite = finite & (jnp.isfinite(value) | (error <= tol))
         keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(finite, x, y), a, b)
@@ -223,7 +277,7 @@ def _run(
     infinite = jnp.full_like(norm(params), jnp.inf)
     sizes = () if prox is None else jax.tree.map(jnp.abs, params)
     loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True), sizes)
-    loop = jax.lax.while_loop(going, body, loop)
+    loop = jax.lax.while_loop(unfinished, body, loop)
     x, met = evaluated(loop.params, loop.state), loop.error <= tol
     small = loop.small >= _PATIENCE
     if prox is not None:
@@ -236,26 +290,26 @@ def _run(
     return x, loop.error, loop.steps, reason
 
 
-def _settled(x: Any, sizes: Any, prox: Prox) -> Any:
-    """``x``, a sum of params and a buffer, sparse and feasible in spite of their rounding."""
+def _settled(x: Params, sizes: PyTree, prox: Prox) -> Params:
+    """The output of the prox that ``x``, a sum of params and a buffer, is up to rounding."""
 
     def cleared(x: jax.Array, size: jax.Array) -> jax.Array:
-        return jnp.where(jnp.abs(x) <= _ROUNDING * float(jnp.finfo(x.dtype).eps) * size, 0, x)
+        return jnp.where(jnp.abs(x) <= _ROUNDING_UNITS * float(jnp.finfo(x.dtype).eps) * size, 0, x)
 
     return _projected(jax.tree.map(cleared, x, sizes), prox)
 
 
-def _projected(x: Any, prox: Prox) -> Any:
-    """The prox with a step as good as 0: it projects, and a penalty changes nothing."""
+def _projected(x: Params, prox: Prox) -> Params:
+    """The prox with the smallest step: a constraint projects, a penalty changes nothing."""
     step = jnp.full_like(norm(x), jnp.finfo(norm(x).dtype).tiny)
     z = prox(jax.tree.map(wide, x), step)
     return jax.tree.map(lambda x, z: z.astype(x.dtype), x, z)
 
 
-def _scalar(fun: Callable[[Any], Any]) -> Callable[[Any], jax.Array]:
+def _scalar(fun: Fun) -> Objective:
     """``fun``; ValueError where it does not return one real floating number."""
 
-    def value(params: Any) -> jax.Array:
+    def value(params: Params) -> jax.Array:
         y = given_scalar("what fun returns", fun(params))
         if not jnp.issubdtype(y.dtype, jnp.floating):
             raise ValueError(f"what fun returns must be a floating number, got {y.dtype}[]")
@@ -264,10 +318,10 @@ def _scalar(fun: Callable[[Any], Any]) -> Callable[[Any], jax.Array]:
     return value
 
 
-def _floating(params: Any) -> Any:
+def _floating(params: PyTree) -> Params:
     """``params`` as arrays; ValueError unless they are floating or complex, or Python numbers."""
 
-    def leaf(path: Any, p: Any) -> jax.Array:
+    def leaf(path: KeyPath, p: ArrayLike) -> jax.Array:
         try:
             number = isinstance(p, int | float) and not isinstance(p, bool)
             x = jnp.asarray(p, float) if number else jnp.asarray(p)
@@ -286,28 +340,25 @@ def _floating(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def _gradient(fun: Any) -> Any:
-    def value_and_gradient(params: Any) -> Any:
-        value, g = jax.value_and_grad(fun)(params)
-        return value, jax.tree.map(jnp.conj, g)  # optax descends along the conjugate
-
-    return value_and_gradient
+def _value_and_gradient(fun: Objective, params: Params) -> tuple[jax.Array, Params]:
+    value, g = jax.value_and_grad(fun)(params)
+    return value, jax.tree.map(jnp.conj, g)  # optax descends along the conjugate
 
 
-def _error(p: Any, g: Any, prox: Any, step: Any = 1.0) -> jax.Array:
+def _error(p: Params, g: Params, prox: Prox | None, step: Scalar = 1.0) -> jax.Array:
     """0 exactly at a solution: the norm of the gradient, or of (p - prox(p - step*g)) / step."""
     if prox is None:
         return norm(g)
     return norm(_minus(p, prox(_descended(p, g, step), step))) / step
 
 
-def _hidden(x: Any, fun: Any, prox: Prox, tol: jax.Array) -> jax.Array:
-    """Whether rounding of x hides an error above tol, as a step as long as x tells."""
+def _hidden(x: Params, fun: Objective, prox: Prox, tol: jax.Array) -> jax.Array:
+    """Whether rounding of x hides an error above tol, judged by a step as long as x."""
     length = norm(x)
     eps = jnp.finfo(length.dtype).eps
 
     def error_is_larger() -> jax.Array:
-        g = _gradient(fun)(x)[1]
+        g = _value_and_gradient(fun, x)[1]
         size = norm(g)
         step = jnp.clip(length / jnp.where(size > 0, size, length), 1, _limit(length))
         return _error(x, g, prox, step) > jnp.maximum(10 * tol, 100 * eps * size)
@@ -315,26 +366,26 @@ def _hidden(x: Any, fun: Any, prox: Prox, tol: jax.Array) -> jax.Array:
     return jax.lax.cond(eps * length > tol, error_is_larger, lambda: jnp.asarray(False))
 
 
-def _descended(p: Any, g: Any, step: Any) -> Any:
+def _descended(p: Tree, g: Tree, step: Scalar) -> Tree:
     """``p - step*g``, in float32 at least."""
     return jax.tree.map(lambda p, g: wide(p) - real_like(step, p) * wide(g), p, g)
 
 
-def _minus(a: Any, b: Any) -> Any:
+def _minus(a: Tree, b: Tree) -> Tree:
     """``a - b``, in float32 at least; b may come from a prox that widens it."""
     return jax.tree.map(lambda a, b: wide(a) - b.astype(wide(a).dtype), a, b)
 
 
 def _limit(x: jax.Array) -> float:
-    """Beyond which sizes of the dtype of ``x`` are as good as infinite: 4e28, float64 2e231."""
+    """The size from which numbers count as infinite: 4e28 in float32, 2e231 in float64."""
     return float(jnp.finfo(x.dtype).max) ** 0.75
 
 
-def _rounding(params: Any) -> float:
-    """Relative size of a step too small to matter; below float32 one that moves nothing at all."""
+def _smallest_step(params: Params) -> float:
+    """The relative size of a step that is too small; 0 below float32, which has coarse steps."""
     return _eps(params) if _eps(params) < 1e-5 else 0.0
 
 
-def _eps(params: Any) -> float:
-    """Of the narrowest leaf; 0 without leaves."""
+def _eps(params: Params) -> float:
+    """The precision of the narrowest leaf; 0 without leaves."""
     return max((float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params)), default=0.0)

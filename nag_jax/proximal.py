@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like
+from nag_jax._arithmetic import cast_like, map_gradients, proximal_step, real_like, wide
 from nag_jax._checks import (
     check_projection,
     check_prox,
@@ -179,9 +179,10 @@ def elastic_net(l1: Strength, l2: Strength) -> Prox:
     _check_entries("l2", l2, 0.0)
 
     def prox(tree: Tree, step: Scalar) -> Tree:
-        shrink = lambda z, weight, ridge: (
-            _shrink(z, jnp.abs(z), step * weight) / real_like(1 + step * ridge, z)
-        )
+        def shrink(z: jax.Array, weight: ArrayLike, ridge: ArrayLike) -> jax.Array:
+            shrunk = wide(_shrink(z, jnp.abs(z), step * weight))
+            return cast_like(shrunk / real_like(1 + step * ridge, z), z)
+
         weights, ridges = _for_each_leaf("l1", l1, tree), _for_each_leaf("l2", l2, tree)
         return jax.tree.map(shrink, tree, weights, ridges)
 
@@ -332,17 +333,20 @@ def projection(project: Callable[..., PyTree], **arguments: object) -> Prox:
 
 def _shrink(z: jax.Array, size: jax.Array, by: ArrayLike) -> jax.Array:
     """``z`` with its ``size`` reduced by ``by``, but not below 0."""
-    by, safe = real_like(by, size), jnp.where(size > 0, size, 1)
+    size, by = wide(size), real_like(by, size)
+    safe = jnp.where(size > 0, size, 1)
     # Where both are 0, z is unchanged and the derivative is 1.
-    return z * jnp.where((size > 0) | (by > 0), jnp.maximum(size - by, 0) / safe, 1)
+    share = jnp.where((size > 0) | (by > 0), jnp.maximum(size - by, 0) / safe, 1)
+    return cast_like(real_like(share, z) * wide(z), z)
 
 
 def _norm(z: jax.Array, axis: int | tuple[int, ...] | None) -> jax.Array:
     """Over ``axis``, with a derivative of 0 at 0; scaled, so that no square overflows."""
+    z = wide(z)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(z), axis=axis, keepdims=True, initial=0))
     zero = largest == 0
     scale = jnp.where(zero | ~jnp.isfinite(largest), 1, largest)
-    unit = z / scale
+    unit = z / real_like(scale, z)
     square = jnp.sum((unit * jnp.conj(unit)).real, axis=axis, keepdims=True)
     return jnp.where(zero, 0, scale * jnp.sqrt(jnp.where(zero, 1, square)))
 

@@ -4,8 +4,11 @@ Compiling is most of what the tests do, and numbers do not need a well optimized
 XLA_FLAGS, to nothing for example, to run all of them on optimized ones.
 """
 
+import os
 import re
+import tempfile
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +18,8 @@ if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # late
     _USUAL |= {"xla_cpu_use_fusion_emitters": True}
     _CHEAP |= {"xla_cpu_use_fusion_emitters": False}
 
+# Of compiled programs, for one session.
+CACHE = str(Path(tempfile.gettempdir()) / f"nag_jax_tests_{os.getpid()}")
 FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _CHEAP.items())
 
 

@@ -282,6 +282,20 @@ def primal_averaging(base_step, start, c, interpolation, steps):
     return np.stack(ys), np.stack(xs)
 
 
+def ema_nesterov(base_step, start, decay, lookahead, steps):
+    """Yau et al. 2026: x' = A(x + b m), m' = decay m + (1 - decay) (x' - x), A(y) = y + step(y)."""
+    x = np.array(start, dtype=np.float64)
+    m = np.zeros_like(x)
+    ys, xs = [x], [x]
+    for t in range(steps):
+        y = x + lookahead(t) * m
+        old, x = x, y + base_step(t, y)
+        m = decay * m + (1 - decay) * (x - old)
+        ys.append(x + lookahead(t + 1) * m)
+        xs.append(x)
+    return np.stack(ys), np.stack(xs)
+
+
 def agnes(gradient, start, learning_rate, momentum, ratio, steps):
     """Gupta et al. 2023; velocity in parameter units: alpha = ratio*learning_rate."""
     y = x = np.array(start, dtype=np.float64)
@@ -440,6 +454,9 @@ def diloco(
 ):
     """Douillard et al. 2023, algorithm 1: AdamW inside, PyTorch's SGD(nesterov=True) outside.
 
+    With one worker it is what AlgoPerf's submission "Single Worker DiLoCo" computes. ``rate(t)`` is
+    the learning rate of AdamW.
+
     Returns the workers' parameters and the shared ones after each step.
     """
     shared = np.array(start, dtype=np.float64)
@@ -453,7 +470,7 @@ def diloco(
             first[i] = betas[0] * first[i] + (1 - betas[0]) * g
             second[i] = betas[1] * second[i] + (1 - betas[1]) * g**2
             m, v = first[i] / (1 - betas[0] ** t), second[i] / (1 - betas[1] ** t)
-            local[i] -= rate * (m / (np.sqrt(v) + eps) + weight_decay * local[i])
+            local[i] -= rate(t - 1) * (m / (np.sqrt(v) + eps) + weight_decay * local[i])
         if t % every == 0:
             delta = np.mean([shared - local[i] for i in range(count)], axis=0)
             buffer = momentum * buffer + delta

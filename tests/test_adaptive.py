@@ -51,15 +51,15 @@ def test_equals_the_reference(name):
         gradient = lambda x: margins.T @ expit(margins @ x) / 40 + x / 100
         start, steps = 3 * np.ones(8), 25
     # A long trial: of a short one half of the digits would be left in L_0.
-    xs, states = trajectory(nag_jax.adanag(initial=0.3), value, start, steps + 1)
+    xs, states = trajectory(nag_jax.adanag(initial=0.3), value, start, steps + 2)
     expected, rates, _ = zip(
         *reference.adanag(numpy_value, gradient, start, steps, probe=0.3), strict=True
     )
-    np.testing.assert_allclose(states.learning_rate[1:], rates, rtol=1e-10)
-    # The second call is the first step from the start: the trial is taken back.
+    np.testing.assert_allclose(states.learning_rate[2:], rates, rtol=1e-10)
+    # The second call takes the trial back, and the third is the first step from the start.
     assert np.linalg.norm(xs[1] - start) > 0
-    np.testing.assert_allclose(xs[2:], expected[1:], rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(states.kernel.carry, np.arange(steps + 1))
+    np.testing.assert_allclose(xs[2:], expected, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(states.inner.carry, np.arange(steps + 2) + 1)
     assert np.any(np.diff(rates) > 0)
     assert np.any(np.diff(rates) < 0) == (name == "logistic")
 
@@ -81,10 +81,10 @@ def test_certificate(name):
         value = lambda x: x @ HARD[name] @ x / 2
         start, steps = np.ones(len(HARD[name])), 12_000
     xs, states = trajectory(nag_jax.adanag(), value, start, steps)
-    k, rates = np.arange(1, steps - 1), np.asarray(states.learning_rate)[2:]
+    k, rates = np.arange(1, steps - 2), np.asarray(states.learning_rate)[3:]
     mass = (k + 3) * (k + 4) ** 2 / (288 * (k + 15))
     bound = start @ start / (2 * mass * rates)
-    gaps = jax.vmap(value)(xs[2:])
+    gaps = jax.vmap(value)(xs[3:])
     assert 1e-3 < np.max(gaps / bound) <= 1
     if name == "quadratic":
 

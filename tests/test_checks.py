@@ -23,11 +23,13 @@ NUMBERS = {
     rules.lessard: ("alpha", "beta", "gamma"),
     rules.robust_momentum: ("q", "robustness"),
     rules.gpa: ("momentum", "interpolation"),
+    rules.ema_nesterov: ("decay",),
     rules.mass: ("alpha", "kappa"),
     rules.accsgd: ("kappa", "xi", "small_const"),
     schedules.sutskever: (
         "max_momentum", "period", "total_steps", "final_steps", "final_momentum"),
     schedules.convex: ("a",),
+    schedules.follow_learning_rate: ("peak", "start", "end"),
     schedules.strongly_convex: ("q",),
     schedules.linear: ("momentum", "initial", "warmup_steps", "final", "cooldown_steps"),
     nag_jax.averaged: ("power",),
@@ -54,6 +56,7 @@ SCHEDULED = {
     rules.heavy_ball: ("momentum",),
     rules.qhm: ("momentum", "nu"),
     rules.agnes: ("momentum", "ratio"),
+    rules.ema_nesterov: ("lookahead",),
     rules.srsgd: ("period",),
     nag_jax.nag: ("learning_rate", "momentum", "weight_decay"),
     nag_jax.nag_then_sgd: ("weight_decay",),
@@ -72,6 +75,7 @@ VALID = dict(
     fun=jnp.sum, params=jnp.ones(2), optimizer=optax.sgd(0.1), prox=proximal.l1(0.1), horizon=3,
     inner=optax.sgd(0.1), axis_name="data", switch_step=5, learning_rate=0.1, momentum=0.5, q=0.1,
     alpha=0.5, beta=0.5, gamma=0.5, strength=0.1, l1=0.1, l2=0.1, low=0.0, high=1.0,
+    peak=0.5, start=2, end=5,
 )  # fmt: skip
 WRONG = "0.5", b"0.5", [0.5], 1j, object(), np.ones(3), np.ones(1)
 arguments = lambda table: [(make, name) for make, names in table.items() for name in names]

@@ -172,8 +172,15 @@ CASES = {
         ("every", "slow_dtype"),
         copies_params=True,
     ),
-    "nag_auto": Case(nag_jax.nag_auto, dict(learning_rate=1.0)),
-    "nag_auto scheduled": Case(nag_jax.nag_auto, dict(learning_rate=HALVING, evaluate="iterate")),
+    "nag_auto": Case(  # copies on CPU only, like the restarts
+        nag_jax.nag_auto, dict(learning_rate=1.0), copies=True, copies_params=True
+    ),
+    "nag_auto scheduled": Case(
+        nag_jax.nag_auto,
+        dict(learning_rate=HALVING, evaluate="iterate"),
+        copies=True,
+        copies_params=True,
+    ),
     "pogm": Case(
         nag_jax.pogm,
         dict(learning_rate=0.1, prox=nag_jax.proximal.elastic_net(1e-4, 1e-4), horizon=30),
@@ -222,6 +229,7 @@ RULES = {
     "agnes": dict(momentum=0.9, ratio=0.1),
     "chambolle_dossal": dict(a=3.0),
     "constant": dict(coefficients=rules.Coefficients(beta=0.5, kappa=1.0)),
+    "ema_nesterov": dict(decay=0.9, lookahead=0.5),
     "estimate_sequence": dict(learning_rate=0.1, strong_convexity=0.5),
     "fista": {},
     "gpa": dict(momentum=0.9, interpolation=0.7),

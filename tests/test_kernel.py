@@ -1,5 +1,6 @@
 """accelerate: dtypes, errors and warnings."""
 
+import re
 import warnings
 
 import jax
@@ -131,3 +132,23 @@ def test_empty_tree_and_python_scalars():
     state = optimizer.init(1.0)
     updates, state = optimizer.update(jnp.float32(1.0), state)
     np.testing.assert_allclose(updates, -0.19, rtol=1e-6)
+
+
+def barriers(optimizer, leaves):
+    """The types of the arrays that XLA must keep apart from what uses them, as it is given them."""
+    params = [jnp.ones(3 + i) for i in range(leaves)]
+    lowered = jax.jit(optimizer.update).lower(params, optimizer.init(params))
+    return re.findall(r"optimization_barrier %\S+ : tensor<(\w+)>", lowered.as_text())
+
+
+def test_the_scalars_of_the_buffer_are_one_array():
+    """It lets XLA merge the kernels of small leaves on a GPU, which no CPU program shows."""
+    assert barriers(nag_jax.accelerate(rules.fista()), 3) == ["2xf32"]
+    assert barriers(nag_jax.accelerate(rules.nesterov(0.9)), 3) == ["2xf32"]
+
+
+def test_the_sum_over_leaves_is_computed_once():
+    """Some versions of XLA on CPU repeat it for each leaf, so its input is tested."""
+    restarting = nag_jax.accelerate(rules.fista(), restart="gradient")
+    assert barriers(restarting, 3) == ["f32"]
+    assert barriers(restarting, 1) == []

@@ -92,7 +92,7 @@ def test_two_workers_are_diloco_as_published(way):
     ]
     expected, shared = reference.diloco(
         gradients, start[0], 60, every=4, learning_rate=0.7, momentum=0.9,
-        rate=0.05, betas=(0.9, 0.95), weight_decay=0.1,
+        rate=lambda t: 0.05, betas=(0.9, 0.95), weight_decay=0.1,
     )  # fmt: skip
     for k, (params, state) in enumerate(trace, 1):
         np.testing.assert_allclose(params, expected[k], rtol=0, atol=1e-12)
@@ -100,6 +100,27 @@ def test_two_workers_are_diloco_as_published(way):
     early = nag_jax.diloco(inner, AXIS, 0.7, 0.9, every=5)
     other = run(over_workers(step_of(early), way, 2), early, 60, start, curvature, target)
     assert np.max(np.abs(other[-1][0] - expected[-1])) > 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_snoo_around_adamw_is_the_single_worker_diloco_of_algoperf():
+    """self_tuning/single_worker_dilocov2 of mlcommons/submissions_algorithms, with its numbers."""
+    (start, curvature, target), steps = problem(1, dtype=jnp.float64), 400
+    rate = optax.cosine_decay_schedule(0.000955, steps)
+    inner = optax.adamw(rate, 0.99, 0.995, eps=1e-8, weight_decay=0.2424)
+    optimizer = nag_jax.snoo(inner, 0.3006, 0.7675, every=75)
+    step = over_workers(step_of(optimizer), "vmap", 1)
+    trace = run(step, optimizer, steps, start, curvature, target)
+    expected, slow = reference.diloco(
+        [lambda p: np.asarray(curvature[0]) * (p - np.asarray(target[0]))], start[0], steps,
+        every=75, learning_rate=0.3006, momentum=0.7675,
+        rate=lambda t: 0.000955 * (1 + np.cos(np.pi * t / steps)) / 2,
+        betas=(0.99, 0.995), weight_decay=0.2424,
+    )  # fmt: skip
+    for k, (params, state) in enumerate(trace, 1):
+        np.testing.assert_allclose(params[0], expected[k, 0], rtol=0, atol=1e-14)
+        np.testing.assert_allclose(state.slow[0], slow[k], rtol=0, atol=1e-14)
+    assert np.max(np.abs(expected[74, 0] - expected[75, 0])) > 0.01  # the first outer step
 
 
 def test_the_first_outer_step_is_after_every_steps():

@@ -8,7 +8,7 @@ import pytest
 import reference
 
 import nag_jax
-from nag_jax import rules
+from nag_jax import rules, schedules
 
 STEPS = 60
 Q = 0.01
@@ -195,6 +195,65 @@ def test_averaging_rules(rate, momentum, interpolation):
     )
 
 
+def window(step, xp=np):
+    """A look-ahead that follows ``wavy``, whose largest value is 0.5, from step 8 to 39."""
+    inside = (step >= 8) & (step < 40)
+    return xp.where(inside, 0.6 * wavy(step, xp) / 0.5, 0.0)
+
+
+LOOKAHEADS = {"constant": (0.6, always(0.6)), "sine": (ours(sine), sine)} | {
+    "window": (schedules.follow_learning_rate(0.6, ours(wavy), start=8, end=40), window),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@rates
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
+@pytest.mark.parametrize("name", LOOKAHEADS)
+def test_ema_nesterov(rate, decay, name):
+    lookahead, expected = LOOKAHEADS[name]
+    base = lambda t, y: -rate(t) * gradient(y)
+    assert_same(
+        trajectory(after_lr(rules.ema_nesterov(decay, lookahead), jax_rate(rate))),
+        reference.ema_nesterov(base, START, decay, expected, STEPS),
+    )
+
+
+BASES = {
+    "sgd": lambda lr: optax.sgd(lr, 0.9),
+    "adamw": lambda lr: optax.adamw(lr, weight_decay=0.01),
+    "muon": lambda lr: optax.contrib.muon(lr, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", BASES)
+def test_ema_nesterov_around_another_optimizer(name, dtype, request):
+    """The recursion of the paper, with the optimizer itself as its black box."""
+    if dtype == "float64":
+        request.getfixturevalue("x64")
+    rate = optax.cosine_decay_schedule(0.1, STEPS)
+    ahead = schedules.follow_learning_rate(0.6, rate, start=8, end=40)
+    base, start = BASES[name](rate), START.reshape(2, 4).astype(dtype)
+    of = lambda y: jnp.asarray(gradient(y.ravel()).reshape(2, 4), dtype)
+    state = base.init(jnp.asarray(start))
+
+    def step(t, y):
+        nonlocal state
+        y = jnp.asarray(y, dtype)
+        updates, state = jax.jit(base.update)(of(y), state, y)
+        return np.asarray(updates)
+
+    expected = reference.ema_nesterov(step, start, 0.99, lambda t: float(ahead(t)), STEPS)
+    optimizer = optax.chain(base, nag_jax.accelerate(rules.ema_nesterov(0.99, ahead)))
+    actual = trajectory(optimizer, start, lambda y: of(y))
+    tolerance = 1e-12 if dtype == "float64" else 1e-4  # Muon amplifies rounding
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+    assert np.max(np.abs(expected[0] - expected[1])) > 1e-3
+
+
 @pytest.mark.usefixtures("x64")
 @rates
 @pytest.mark.parametrize("period", [2, 10, "scheduled"])
@@ -226,6 +285,9 @@ def test_relations_between_the_rules():
     assert_same(points(rules.qhm(0.8, 0.8), 2.5)[0], points(rules.nesterov(0.8))[0])
     assert_same(points(rules.gpa(0.8, 0.8), 2.5), points(rules.nesterov(0.8)))
     assert_same(points(rules.agnes(0.8, 1.0)), points(rules.nesterov(0.8)))
+    assert_same(points(rules.ema_nesterov(0.0, ours(sine))), points(rules.nesterov(ours(sine))))
+    rho = 0.9 + 0.1 * 0.6
+    assert_same(points(rules.ema_nesterov(0.9, 0.6)), points(rules.agnes(rho, 0.1 * 0.6 / rho)))
     assert_same(points(rules.robust_momentum(Q, 0.0))[0], points(rules.tmm(Q))[0])
     assert_same(points(rules.lessard(1.0, 0.0, 0.0))[0], _descent(0.5))
     item, tmm = rules.item(Q), rules.tmm(Q).step(())[1]
@@ -270,6 +332,7 @@ CONSTANT = {
     "heavy_ball": rules.heavy_ball(0.9),
     "qhm": rules.qhm(),
     "agnes": rules.agnes(),
+    "ema_nesterov": rules.ema_nesterov(),
 }
 
 
@@ -300,6 +363,12 @@ BAD = {
     "heavy_ball": (lambda: rules.heavy_ball(1.0), r"momentum must be in \[0, 1\), got 1"),
     "qhm": (lambda: rules.qhm(0.9, -0.1), r"nu must be in \[0, inf\), got -0.1"),
     "gpa": (lambda: rules.gpa(0.9, 1.0), r"interpolation must be in \[0, 1\), got 1"),
+    "ema decay": (lambda: rules.ema_nesterov(1.0), r"decay must be in \[0, 1\), got 1$"),
+    "ema lookahead": (
+        lambda: rules.ema_nesterov(0.99, -0.1),
+        r"lookahead must be in \[0, 1\), got -0.1; from 1",
+    ),
+    "ema lookahead of 1": (lambda: rules.ema_nesterov(0.99, 1.0), "would grow without bound"),
     "agnes": (lambda: rules.agnes(0.9, -1.0), r"ratio must be in \[0, inf\), got -1"),
     "mass": (lambda: rules.mass(0.0), r"alpha must be in \(0, 1\], got 0$"),
     "accsgd": (lambda: rules.accsgd(10.0, xi=100.0), r"xi must be in \(0, 20.4\d*\), got 100"),

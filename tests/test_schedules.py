@@ -10,6 +10,10 @@ import nag_jax
 from nag_jax import schedules
 
 
+def follow(peak=0.5, learning_rate=0.1, start=2, end=5):
+    return schedules.follow_learning_rate(peak, learning_rate, start=start, end=end)
+
+
 @pytest.mark.usefixtures("x64")
 def test_sutskever_is_equation_5():
     schedule = schedules.sutskever(0.995)
@@ -108,6 +112,32 @@ def test_linear_warms_up_holds_and_cools_down():
     assert float(schedules.linear(0.8)(3)) == pytest.approx(0.8)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int64])
+def test_follow_learning_rate_is_the_multiple_in_the_window(dtype):
+    rate = optax.warmup_cosine_decay_schedule(0.0, 0.03, 7, 31)
+    schedule = schedules.follow_learning_rate(0.6, rate, start=5, end=20)
+    cosine = lambda t: t / 7 if t < 7 else (1 + np.cos(np.pi * (t - 7) / 24)) / 2
+    expected = [0.6 * cosine(t) if 5 <= t < 20 else 0.0 for t in range(40)]
+    # The largest rate is that at step 7, whatever its value.
+    actual = jax.jit(jax.vmap(schedule))(jnp.arange(40, dtype=dtype))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-15)
+    flat = schedules.follow_learning_rate(0.6, 0.1, start=5, end=20)
+    assert [float(flat(t)) for t in (4, 5, 19, 20)] == [0.0, 0.6, 0.6, 0.0]
+
+
+def test_follow_learning_rate_inside_jit():
+    """A traced learning rate cancels; the largest value of another is computed before."""
+    falling = optax.linear_schedule(1.0, 0.0, 10)
+    follow_it = lambda rate: schedules.follow_learning_rate(0.5, rate, start=0, end=9)
+    at = jax.jit(lambda step, scale: follow_it(lambda t: scale * falling(t))(step))
+    assert float(at(5, 3.0)) == pytest.approx(0.25)
+    assert "reduce_max" in str(jax.make_jaxpr(at)(5, 3.0))
+    known = jax.jit(lambda step: follow_it(falling)(step))
+    assert float(known(5)) == pytest.approx(0.25)
+    assert "reduce_max" not in str(jax.make_jaxpr(known)(5))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -118,6 +148,13 @@ def test_linear_warms_up_holds_and_cools_down():
         (lambda: schedules.convex(1.5), r"a must be in \[2, inf\), got 1.5"),
         (lambda: schedules.strongly_convex(0.0), r"q = mu/L must be in \(0, 1\], got 0;"),
         (lambda: schedules.strongly_convex(100.0), "1/q is the condition number"),
+        (lambda: follow(peak=1.0), r"peak must be in \[0, 1\), got 1"),
+        (lambda: follow(start=9, end=9), "end=9 must be above start=9: the window has the steps"),
+        (lambda: follow(start=9, end=5), "end=5 must be above start=9"),
+        (lambda: follow(start=-1), "start must be an int of at least 0, got -1"),
+        (lambda: follow(learning_rate=0), r"learning_rate must be in \(0, inf\), got 0"),
+        (lambda: follow(end=2.5), "end must be an int of at least 1, got 2.5"),
+        (lambda: follow(learning_rate=lambda t: 0.0), "above 0 at a step before end=5, got at mos"),
         (lambda: schedules.linear(1.2), r"momentum must be in \[0, 1\)"),
         (lambda: schedules.linear(0.9, cooldown_steps=5), "needs total_steps, where it ends"),
         (

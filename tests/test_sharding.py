@@ -11,13 +11,13 @@ import numpy as np
 import optax
 import programs
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_contract import CASES
 
 import nag_jax
-from nag_jax import proximal, restart, rules
+from nag_jax import proximal, restart, rules, schedules
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
@@ -117,6 +117,7 @@ MORE = {
     ),
     "qhm": Needy(after_sgd(rules.qhm(0.7, 0.9))),
     "srsgd": Needy(after_sgd(rules.srsgd(4))),
+    "ema_nesterov": Needy(after_sgd(rules.ema_nesterov(0.9, lambda k: jnp.where(k < 9, 0.5, 0)))),
     "zero_nans and norm": Needy(optax.chain(optax.zero_nans(), optax.clip(0.1), NAG)),
     "adam accelerated": Needy(
         optax.chain(optax.adam(0.01), nag_jax.accelerate(rules.nesterov(0.5)))
@@ -156,6 +157,44 @@ def test_every_optimizer_is_right_on_many_devices(case):
         assert {x.addressable_shards[0].data.shape for x in buffers} == {(16 // parts, 64)}, name
         assert actual["w"].addressable_shards[0].data.shape == rows, name
         assert nag_jax.replicas_in_sync((actual, state)), name
+
+
+LOOKED_AHEAD = {
+    "sgd": lambda lr: optax.sgd(lr, 0.5),
+    "adamw": lambda lr: optax.adamw(lr, weight_decay=0.01),
+    "muon": lambda lr: optax.contrib.muon(lr, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_AHEAD)
+def test_ema_nesterov_is_split_and_resumes(name):
+    """Around any optimizer, saved inside of the window of its look-ahead."""
+    rate = optax.cosine_decay_schedule(0.02, 30)
+    ahead = schedules.follow_learning_rate(0.6, rate, start=3, end=12)
+    kernel = nag_jax.accelerate(rules.ema_nesterov(0.9, ahead))
+    optimizer = optax.chain(LOOKED_AHEAD[name](rate), kernel)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params, BATCH), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def trained(carry, steps):
+        for _ in range(steps):
+            carry = step(*carry)
+        return carry
+
+    params = split_params(mesh_of())
+    halfway = trained((params, optimizer.init(params)), 7)
+    assert not np.array_equal(halfway[0]["w"], nag_jax.eval_params(*halfway)["w"])
+    saved = serialization.to_bytes(halfway)
+    fresh = trained((params, optimizer.init(params)), 1)  # compiled state lies as that one does
+    restored = serialization.from_bytes(fresh, saved)
+    restored = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), restored, fresh)
+    finished = trained(halfway, 8)
+    chex.assert_trees_all_equal(trained(restored, 8), finished)
+    chex.assert_trees_all_close(finished[0], alone(optimizer)[0], rtol=1e-3, atol=1e-4)
+    assert finished[1][1].m["w"].addressable_shards[0].data.shape == (2, 64)
 
 
 def _assert_few_flips(actual, expected):

@@ -56,7 +56,8 @@ RULES = {
     "estimate_sequence": dict(learning_rate=0.1), "ogm": {}, "ogm_g": dict(horizon=30),
     "tmm": dict(q=0.2), "item": dict(q=0.2), "sc_ogm": dict(q=0.2),
     "lessard": dict(alpha=1.0, beta=0.5, gamma=0.5), "robust_momentum": dict(q=0.2),
-    "heavy_ball": {}, "qhm": {}, "gpa": {}, "agnes": {}, "mass": {}, "accsgd": {}, "srsgd": {},
+    "heavy_ball": {}, "qhm": {}, "gpa": {}, "agnes": {}, "ema_nesterov": {},
+    "mass": {}, "accsgd": {}, "srsgd": {},
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ RULES = {
     rules.qhm: dict(momentum=0.9, nu=0.7),
     rules.gpa: dict(momentum=0.9, interpolation=0.7),
     rules.agnes: dict(momentum=0.9, ratio=0.1),
+    rules.ema_nesterov: dict(decay=0.9, lookahead=0.5),
     rules.mass: dict(alpha=0.05, kappa=12.0),
     rules.accsgd: dict(kappa=1000.0, xi=10.0, small_const=0.7),
     rules.srsgd: dict(period=5),

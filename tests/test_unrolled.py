@@ -90,7 +90,8 @@ RULES = {
     rules.estimate_sequence: (0.1, 0.1),
     rules.tmm: (0.1,), rules.item: (0.1,), rules.sc_ogm: (0.1,), rules.lessard: (1.0, 0.5, 0.4),
     rules.robust_momentum: (0.1, 0.4), rules.heavy_ball: (0.8,), rules.qhm: (0.8, 0.6),
-    rules.gpa: (0.8, 0.6), rules.agnes: (0.8, 0.5), rules.mass: (0.1, 5.0),
+    rules.gpa: (0.8, 0.6), rules.agnes: (0.8, 0.5), rules.ema_nesterov: (0.9, 0.5),
+    rules.mass: (0.1, 5.0),
     rules.accsgd: (10.0, 2.0, 0.7), rules.srsgd: (), lambda: rules.ogm_g(2): (),
 }  # fmt: skip
 SIMPLE = {

@@ -1,9 +1,10 @@
-"""Does Nesterov's momentum speed up training? Every optimizer tuned alike, on twelve problems.
+"""Does Nesterov's momentum speed up training? All optimizers are tuned, on twelve problems.
 
     python -m benchmarks.speedup
 
 takes less than an hour on two cores. Each finished (task, optimizer) is a row of
-results/speedup/TASK.json; rows that are there are not run again, so an interrupted run goes on.
+results/speedup/TASK.json; existing rows are not run again, so an interrupted run
+continues.
 Then it writes the tables of the READMEs and the plots; ``--report`` only does that. ``--quick``
 runs a tiny size of every task, with SGD and NAG, into runs/speedup and writes nothing else.
 """
@@ -25,7 +26,7 @@ from benchmarks.speedup.optimizers import OPTIMIZERS
 RESULTS = Path(__file__).parent.parent / "results" / "speedup"
 IMAGES = RESULTS.parent.parent.parent / "docs" / "img"
 QUICK = Path("runs/speedup")
-# Two runs beside each other, each on one thread, do more than one after the other on two.
+# Two runs in parallel, each on one thread, are faster than one after the other on two threads.
 ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "PJRT_NPROC": "1",
@@ -48,7 +49,7 @@ def wanted(arguments: argparse.Namespace) -> dict[str, list[str]]:
 def run(arguments: argparse.Namespace) -> None:
     folder, quick = arguments.results, arguments.quick
     about = describe_machine("benchmarks.speedup", ("jax", "optax", "flax")) | {
-        "also_ran": arguments.also_ran,  # so the command need not say it
+        "also_ran": arguments.also_ran,  # so the command does not need it
         "processes": arguments.processes,
     }
     about["command"] = about["command"].partition(" --also_ran")[0]

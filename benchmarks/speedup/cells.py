@@ -195,7 +195,7 @@ def _or_inf(value: float) -> float:
 
 
 def _short(values: Any) -> list[float | None]:
-    """Five digits; None for what JSON cannot say."""
+    """Five digits; None for what JSON cannot represent."""
     return [float(f"{v:.5g}") if np.isfinite(v) else None for v in map(float, values)]
 
 

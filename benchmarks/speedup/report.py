@@ -167,7 +167,7 @@ def limits(key: str, momenta: np.ndarray) -> np.ndarray:
 
 
 def map_sentence(result: dict[str, Any]) -> str:
-    """How many points of the map are on the side that theory says."""
+    """How many points of the map are on the side that theory predicts."""
     rates, momenta = (np.array(result["settings"][k]) for k in ("rates", "momenta"))
     parts = []
     for key, found in stable(result).items():

@@ -30,7 +30,7 @@ class Task(NamedTuple):
     test: Batch
     seen: int  # the first training samples, on which the training loss is evaluated
     batch_size: int  # 0: everything at once
-    score: str  # what losses gives beside the loss
+    score: str  # name of what losses returns in addition to the loss
     higher_is_better: bool
     trivial: float  # loss of the best constant prediction
     ratio: float = 1.08  # of the step of an evaluation to that of the one before
@@ -51,7 +51,7 @@ class Result(NamedTuple):
     """Of one run, at the iterate that the optimizer evaluates; NaN from a divergence on."""
 
     losses: np.ndarray  # training loss at each of evaluations(steps)
-    scores: np.ndarray  # on the validation set, likewise
+    scores: np.ndarray  # on the validation set, at the same steps
     loss: float  # at the end
     score: float
     test: float  # score on the whole test set at the end, NaN unless asked for

@@ -22,6 +22,7 @@ class Settings(NamedTuple):
 
     learning_rate: optax.Schedule  # config.learning_rate, with warm-up and decay
     momentum: optax.ScalarOrSchedule  # config.momentum, with config.momentum_schedule
+    total_steps: int  # updates in the whole run
     config: Any
 
 
@@ -77,6 +78,15 @@ def sgd_with(s: Settings, rule: rules.Rule) -> optax.GradientTransformation:
     return with_l2(s, optax.sgd(s.learning_rate), nag_jax.accelerate(rule))
 
 
+def ema_nesterov(s: Settings) -> optax.GradientTransformation:
+    """AdamW with a look-ahead in about the window of the authors' speed-runs."""
+    start = round(0.15 * s.total_steps)
+    end = max(round(0.75 * s.total_steps), start + 1)
+    ahead = nag_jax.schedules.follow_learning_rate(0.3, s.learning_rate, start=start, end=end)
+    adamw = optax.adamw(s.learning_rate, **b1_b2(s), **decayed(s))
+    return optax.chain(adamw, nag_jax.accelerate(rules.ema_nesterov(0.99, ahead)))
+
+
 def b1_b2(s: Settings) -> dict[str, Any]:
     return dict(b1=s.config.momentum, b2=s.config.optimizer.b2)
 
@@ -125,6 +135,7 @@ OPTIMIZERS: dict[str, Choice] = {
     "adamw": Choice(
         lambda s: optax.adamw(s.learning_rate, **b1_b2(s), **decayed(s)), momentum="constant"
     ),
+    "ema_nesterov": Choice(ema_nesterov, momentum="constant"),
     "nadam": Choice(
         lambda s: with_l2(s, optax.nadam(s.learning_rate, **b1_b2(s))), momentum="constant"
     ),
@@ -169,7 +180,8 @@ def make_optimizer(
         nag_jax.nag(config.learning_rate, config.momentum, weight_decay=config.weight_decay)
         schedule = rate or _learning_rate(config, steps_per_epoch, total_steps)
         momentum = _momentum(config, steps_per_epoch, total_steps)
-        build = lambda rate: _complete(config, choice.build(Settings(rate, momentum, config)))
+        settings = Settings(schedule, momentum, total_steps, config)
+        build = lambda rate: _complete(config, choice.build(settings._replace(learning_rate=rate)))
         transformation = build(schedule)  # also with a plateau, so that errors are raised here
         if config.plateau.patience:
             scaled = lambda scale: build(lambda step: scale * schedule(step))

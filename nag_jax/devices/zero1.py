@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nag_jax._arithmetic import as_arrays
 from nag_jax._checks import check_arrays, check_count, check_optimizer, is_array
 from nag_jax._types import KeyPath, OptState, Params, PyTree, Tree, Updates, transformation
 from nag_jax.devices.placement import axes_of, check_axis, is_mapped, place, spec_of, spec_on
@@ -26,7 +27,17 @@ class Zero1State(NamedTuple):
 
     def iterate(self, params: Params) -> Params:
         """Returns the iterate of the wrapped optimizer, for :func:`eval_params`."""
-        return evaluated(params, self.inner)
+        layout = self.layout or Layout(())
+
+        def whole(path: KeyPath, x: jax.Array) -> jax.Array:
+            sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+            mesh = getattr(sharding, "mesh", None)
+            # Under Auto axes XLA gathers what it has to.
+            if mesh is None or AxisType.Explicit not in mesh.axis_types:
+                return x
+            return place(x, NamedSharding(mesh, layout.spec(path, x.shape)))
+
+        return evaluated(params, jax.tree_util.tree_map_with_path(whole, as_arrays(self.inner)))
 
 
 @jax.tree_util.register_static
@@ -101,8 +112,8 @@ class _Split(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
-    def place(self, tree: Tree, layout: Layout, split: bool) -> Tree:
-        """``tree`` in these shardings."""
+    def sharded(self, tree: Tree, layout: Layout, split: bool) -> Tree:
+        """``tree`` in the shardings of :meth:`shardings`."""
         # A leaf may be a Python number, or a function in an Equinox model.
         arrays = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, tree)
         put = lambda x, sharding: place(x, sharding) if is_array(x) else x
@@ -182,7 +193,7 @@ def zero1(
         # Stored only if a parameter is split, since it is a static part of the state.
         stored = layout if any(any(spec) for *_, spec in layout.leaves) else ()
         if any(isinstance(p, Tracer) for _, p in leaves):
-            return Zero1State(over.place(optimizer.init(params), layout, split=True), stored)
+            return Zero1State(over.sharded(optimizer.init(params), layout, split=True), stored)
         # Compiled with these shardings, init never makes a whole buffer on one device.
         split = over.shardings(jax.eval_shape(optimizer.init, params), layout, split=True)
         if any(isinstance(p, jax.ShapeDtypeStruct) for _, p in leaves):
@@ -201,8 +212,8 @@ def zero1(
                 'arrays under jit: use train_step(mode="jit") or mode="shard_map"'
             )
         layout = state.layout or Layout(())
-        split = lambda tree: over.place(tree, layout, split=True)
-        gather = lambda tree: over.place(tree, layout, split=False)
+        split = lambda tree: over.sharded(tree, layout, split=True)
+        gather = lambda tree: over.sharded(tree, layout, split=False)
         # The user's function expects whole params; line searches call it with split ones.
         if "value_fn" in extra_args:
             value_fn = extra_args["value_fn"]

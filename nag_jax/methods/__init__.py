@@ -1,1 +1,1 @@
-"""Optimizers: one method a file, named as it is called."""
+"""Optimizers, one method per file."""

@@ -1,6 +1,7 @@
 """AdaNAG: Nesterov's method that measures the curvature, without one evaluation more."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,11 @@ from nag_jax._arithmetic import (
 from nag_jax._checks import check_range, given_scalar
 from nag_jax._reductions import inner_product
 from nag_jax._step_size import guess, within
+from nag_jax._types import ArrayLike, AxisName, Params, Updates, transformation
 from nag_jax.kernel import AccelerateState, accelerate
 from nag_jax.rules.rule import Coefficients, Rule, first_step
 
+_TRIAL, _BACK, _START = 0, 1, 2  # calls; the last makes the step of k = 0
 _PROBE = 1e-3  # of the first guess
 _ROUNDING = 8  # of values, in units of the precision
 _FIRST = 27 / 12030 * (3 / 12) * (15 / 12) / (9 / 336)  # s_0 times the curvature
@@ -31,19 +34,20 @@ _FIRST = 27 / 12030 * (3 / 12) * (15 / 12) / (9 / 336)  # s_0 times the curvatur
 class AdaNAGState(NamedTuple):
     """State of :func:`adanag`."""
 
-    kernel: AccelerateState  # its carry is k, the steps taken
-    gradient: Any  # the last one, like params; float32 at least
+    inner: AccelerateState  # of the momentum; its carry is the number of calls
+    gradient: Params  # the last one, like params; float32 at least
     value: jax.Array  # the last one, shape=(), default float dtype
     learning_rate: jax.Array  # the last one, shape=(), default float dtype; 0: none yet
     curvature: jax.Array  # the last estimate, shape=(), default float dtype; 0: none
 
 
 def adanag(
-    *, initial: float | None = None, axis_name: Any = None
+    *, initial: float | None = None, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaNAG: accelerated, no L, no line search, nothing but the values and gradients at hand.
+    r"""AdaNAG: accelerated gradient steps whose length follows from the gradients and values seen.
 
-    Each call measures the curvature along the last step and bounds the learning rate by it,
+    It needs neither the smoothness constant L nor a line search, and one gradient and its value
+    each step. Each call measures the curvature along the last step and bounds the learning rate:
 
     .. math::
         L_{k+1} = \frac{\|\Delta g\|^2 / 2}
@@ -51,52 +55,57 @@ def adanag(
         s_{k+1} = \min \Bigl\{ \frac{A_{k-1} + a_k}{A_k} s_k,
             \Bigl(\frac{A_k}{a_k^2} + \frac{2 a_{k+1}^2}{A_k}\Bigr)^{-1} \frac{1}{L_{k+1}} \Bigr\}
 
-    with :math:`a_k = (k+3)^2 / (24 (k+14))`, :math:`A_k = a_{k+1} (k+3)/12`, :math:`A_{-1} = 0`;
-    then, with :math:`u = -s_k g_k` and :math:`\tau_k = (k+14)/12`, it steps by the kernel's rule
+    with :math:`a_k = (k+3)^2 / (24 (k+14))`, :math:`A_k = a_{k+1} (k+3)/12`, :math:`A_{-1} = 0`.
+    Then, with :math:`u = -s_k g_k` and :math:`\tau_k = (k+14)/12`, it steps by the kernel's rule
 
     .. math::
         m' = \frac{(\tau_k - 1) m + (a_k - 1) u}{\tau_{k+1}}, \qquad x_{k+1} = x_k + u + m'
 
-    The guarantee is :math:`f(x_k) - f^* \le R^2 / (2 A_k s_k)`, with :math:`A_k \approx k^2/288`.
-    Params are x: gradients are taken where the guarantee holds. It is a whole optimizer: no
-    learning rate before it, nothing after it, no prox. The first call only tries the ground: a
-    short step along the gradient, which the second takes back.
+    The guarantee for a convex loss is :math:`f(x_k) - f^* \le R^2 / (2 A_k s_k)`, where
+    :math:`A_k \approx k^2/288` and R is the distance from :math:`x_0` to a minimizer. Params are x,
+    so gradients are taken at the point that the guarantee is for. It is a whole optimizer: no
+    learning rate before it, nothing after it, no prox.
 
-    Near the minimum the denominator of L drowns in the rounding of f. Below 8 units of that it is
-    replaced by :math:`\langle \Delta g, \Delta x \rangle / 2`, the same for quadratics.
+    The first two calls measure the curvature at the start: the first makes a short trial step along
+    the gradient and the second takes it back. The third call makes the step of k = 0.
+
+    Near the minimum the denominator of L is lost in the rounding of f. Below 8 units of that
+    rounding it is replaced by :math:`\langle \Delta g, \Delta x \rangle / 2`, which is the same for
+    quadratics.
 
     Args:
-      initial: learning rate of that first trial, above 0; None: :math:`10^{-3} |f| / \|g\|^2`,
-        which has the right units, so that f may be multiplied by anything.
-      axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``; value has to
-        be that of all devices then.
+      initial: learning rate of the trial step, above 0; None: :math:`10^{-3} |f| / \|g\|^2`, which
+        has the right units, so that f may be multiplied by any number.
+      axis_name: as in ``accelerate``, where leaves are sharded inside ``shard_map``; value must
+        then be that of all devices.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose update needs ``value``; no ``value_fn``.
-      It keeps two buffers, the kernel's and the last gradient. In its state is ``learning_rate``.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``value``, but no ``value_fn``.
+      It keeps two buffers, the momentum and the last gradient. Its state has ``learning_rate``.
 
     Raises:
-      ValueError: for an initial that is not above 0; from init, if a parameter is neither
-        floating-point nor complex; from update, if called without value.
+      ValueError: if initial is not above 0; from init, if a parameter is neither floating-point nor
+        complex; from update, if it is called without value.
 
-    The point: curvatures of any size, one value and one gradient a step.
+    Example:
+      Curvatures of any size, with one value and one gradient each step:
 
-    >>> optimizer = nag_jax.adanag()
-    >>> @jax.jit
-    ... def step(params, state, scale):
-    ...     loss = lambda p: scale * jnp.sum(jnp.array([1.0, 0.01]) * (p - 1) ** 2)
-    ...     value, gradient = jax.value_and_grad(loss)(params)
-    ...     updates, state = optimizer.update(gradient, state, params, value=value)
-    ...     return optax.apply_updates(params, updates), state
-    >>> for scale in (1e-6, 1.0, 1e6):
-    ...     params = jnp.zeros(2)
-    ...     state = optimizer.init(params)
-    ...     for _ in range(200):
-    ...         params, state = step(params, state, scale)
-    ...     print([f"{x:.2f}" for x in params])
-    ['1.00', '1.00']
-    ['1.00', '1.00']
-    ['1.00', '1.00']
+      >>> optimizer = nag_jax.adanag()
+      >>> @jax.jit
+      ... def step(params, state, scale):
+      ...     loss = lambda p: scale * jnp.sum(jnp.array([1.0, 0.01]) * (p - 1) ** 2)
+      ...     value, gradient = jax.value_and_grad(loss)(params)
+      ...     updates, state = optimizer.update(gradient, state, params, value=value)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for scale in (1e-6, 1.0, 1e6):
+      ...     params = jnp.zeros(2)
+      ...     state = optimizer.init(params)
+      ...     for _ in range(200):
+      ...         params, state = step(params, state, scale)
+      ...     print([f"{x:.2f}" for x in params])
+      ['1.00', '1.00']
+      ['1.00', '1.00']
+      ['1.00', '1.00']
 
     References:
       Suh, Ma, An adaptive and parameter-free Nesterov's accelerated gradient method for convex
@@ -106,19 +115,19 @@ def adanag(
         check_range("initial", initial, 0.0, low_open=True)
     kernel = accelerate(_rule())
 
-    def init(params: optax.Params) -> AdaNAGState:
+    def init(params: Params) -> AdaNAGState:
         scalar = lambda: jnp.zeros([], float)
-        start: Any = kernel.init(params)
-        return AdaNAGState(start, wide_zeros(params), scalar(), scalar(), scalar())
+        inner = cast(AccelerateState, kernel.init(params))
+        return AdaNAGState(inner, wide_zeros(params), scalar(), scalar(), scalar())
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
+        updates: Updates,
+        state: AdaNAGState,
+        params: Params | None = None,
         *,
-        value: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, AdaNAGState]:
+        value: ArrayLike | None = None,
+        **extra_args: object,
+    ) -> tuple[Updates, AdaNAGState]:
         del params, extra_args
         if value is None:
             raise ValueError(
@@ -126,51 +135,70 @@ def adanag(
                 "params, value=value)"
             )
         state = as_arrays(state)
-        lr, k, g = state.learning_rate, state.kernel.carry, updates
-        value = given_scalar("value", value).astype(lr.dtype)
-        first, second = lr == 0, (lr > 0) & (k == 0)
-        dot = lambda a, b: inner_product(a, b, axis_name).astype(lr.dtype)
-        last = map_gradients(lambda g, last: last, g, state.gradient)
-        moved = map_gradients(lambda g, m: wide(m) - real_like(lr, g) * g, last, state.kernel.m)
-        curvature = jnp.where(first, 0, _curvature(g, last, moved, value, state.value, dot))
-        probe = _PROBE * guess(value, dot(g, g)) if initial is None else initial
-        new_lr = jnp.where(first, jnp.asarray(probe, lr.dtype), _learning_rate(k, lr, curvature))
+        g, real, call = updates, state.learning_rate.dtype, state.inner.carry
+        value = given_scalar("value", value).astype(real)
+        dot = lambda a, b: inner_product(a, b, axis_name).astype(real)
 
-        # The second call steps from where the first one was, by the gradient there.
-        g = map_gradients(lambda g, last: jnp.where(second, last, wide(g)), g, last)
-        rate = jnp.where(first, 0, new_lr)
-        u = map_gradients(lambda g: -real_like(rate, g) * g, g)
-        inner: Any = kernel.update(u, state.kernel)[1]
-        direct = jnp.where(second, lr, 0) - new_lr
-        updates = map_gradients(
-            lambda given, g, m: cast_like(real_like(direct, g) * g + wide(m), given),
-            updates,
-            g,
-            inner.m,
+        # The first pass over the arrays measures the curvature, the second makes the step.
+        last = map_gradients(lambda g, last: last, g, state.gradient)
+        rate = jnp.where(call == _BACK, 0, state.learning_rate)  # the trial step is m alone
+        moved = map_gradients(lambda g, m: wide(m) - real_like(rate, g) * g, last, state.inner.m)
+        measured = _curvature(g, last, moved, value, state.value, dot)
+        curvature = jnp.where(
+            call == _TRIAL, 0, jnp.where(call == _START, state.curvature, measured)
         )
-        gradient = map_gradients(lambda g, old: g.astype(old.dtype), g, state.gradient)
-        return updates, AdaNAGState(
-            kernel=inner._replace(carry=jnp.where(first, k, inner.carry)),
+        probe = _PROBE * guess(value, dot(g, g)) if initial is None else initial
+        learning_rate = jnp.where(
+            call == _TRIAL,
+            jnp.asarray(probe, real),
+            jnp.where(
+                call == _START,
+                state.learning_rate,
+                _learning_rate(_index(call), state.learning_rate, curvature),
+            ),
+        )
+        # With a 1 that XLA does not know. It would make a mere copy of g in a pass of its own.
+        rate, one = jax.lax.optimization_barrier(jnp.stack([learning_rate, jnp.ones([], real)]))
+        steps = map_gradients(lambda g: -real_like(rate, g) * wide(g), g)
+        steps, inner = kernel.update(steps, state.inner)
+        gradient = map_gradients(
+            lambda g, old: (real_like(one, g) * wide(g)).astype(old.dtype), g, state.gradient
+        )
+        return map_gradients(lambda g, u: cast_like(u, g), updates, steps), AdaNAGState(
+            inner=cast(AccelerateState, inner),
             gradient=filled(gradient, state.gradient),
-            value=jnp.where(second, state.value, value),
-            learning_rate=new_lr,
+            value=value,
+            learning_rate=learning_rate,
             curvature=curvature,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
+
+
+def _index(call: jax.Array) -> jax.Array:
+    """k: 0 in the first three calls, since the first two only measure the curvature."""
+    return jnp.maximum(call - _START, 0)
 
 
 def _rule() -> Rule:
-    def step(k: jax.Array) -> tuple[jax.Array, Coefficients]:
+    def step(call: jax.Array) -> tuple[jax.Array, Coefficients]:
         tau = lambda k: (k + 14) / 12
-        i = k.astype(float)
-        beta, kappa = (tau(i) - 1) / tau(i + 1), (_a(i) - 1) / tau(i + 1)
-        return jnp.asarray(optax.safe_increment(k)), Coefficients(beta, kappa, readout=0.0)
+        k = _index(call).astype(float)
+        beta, kappa = (tau(k) - 1) / tau(k + 1), (_a(k) - 1) / tau(k + 1)
+        # trial: m' = u, update = m'; back: m' = -m, update = m'; then m counts as empty.
+        phases = [call == _TRIAL, call == _BACK, call == _START]
+        return jnp.asarray(optax.safe_increment(call)), Coefficients(
+            beta=jnp.select(phases, [0.0, -1.0, 0.0], beta),
+            kappa=jnp.select(phases, [1.0, 0.0, kappa], kappa),
+            direct=jnp.where(call < _START, 0.0, 1.0),
+            readout=0.0,
+        )
 
     return Rule(first_step, step, at_params=True)
 
 
-def _a(k: Any) -> Any:
+def _a(k: jax.Array) -> jax.Array:
+    """a_k = (k + 3)^2 / (24 (k + 14))."""
     return (k + 3) ** 2 / (24 * (k + 14))
 
 
@@ -179,7 +207,8 @@ def _learning_rate(k: jax.Array, s: jax.Array, curvature: jax.Array) -> jax.Arra
     i = jnp.maximum(k.astype(s.dtype) - 1, 0)
     a, after = _a(i), _a(i + 1)
     mass = after * (i + 3) / 12
-    grown = jnp.where(k > 1, a * (i + 14) / 12, a) / mass * s  # A_{k-1} + a_k = a_k tau_k, but at 0
+    # A_{k-1} + a_k is a_k tau_k, except at the first k.
+    grown = jnp.where(k > 1, a * (i + 14) / 12, a) / mass * s
     first = jnp.where(k == 0, _FIRST, 1 / (mass / a**2 + 2 * after**2 / mass))
     bound = ratio(first, curvature)
     unbounded = jnp.where(k == 0, s, grown)
@@ -188,11 +217,18 @@ def _learning_rate(k: jax.Array, s: jax.Array, curvature: jax.Array) -> jax.Arra
     return within(jnp.where(measured, limit, unbounded))
 
 
-def _curvature(g: Any, before: Any, moved: Any, value: Any, last: Any, dot: Any) -> jax.Array:
-    """Of the loss between the last two points; 0 if there is none to see."""
-    change = map_gradients(lambda g, before: wide(g) - before, g, before)
+def _curvature(
+    g: Updates,
+    last: Updates,
+    moved: Updates,
+    value: jax.Array,
+    last_value: jax.Array,
+    dot: Callable[[Updates, Updates], jax.Array],
+) -> jax.Array:
+    """L = |dg|^2 / (2 (<g, dx> - df)) between the last two points; 0 if it cannot be seen."""
+    change = map_gradients(lambda g, last: wide(g) - last, g, last)
     eps = max((float(jnp.finfo(dtype_of(x)).eps) for x in jax.tree.leaves(g)), default=0.0)
-    rounding = _ROUNDING * eps * jnp.maximum(jnp.abs(value), jnp.abs(last))
-    bent = dot(g, moved) - (value - last)
+    rounding = _ROUNDING * eps * jnp.maximum(jnp.abs(value), jnp.abs(last_value))
+    bent = dot(g, moved) - (value - last_value)
     bent = jnp.where(bent < rounding, jnp.maximum(dot(change, moved) / 2, 0), bent)
     return ratio(dot(change, change) / 2, bent)

@@ -45,9 +45,10 @@ def monotone_fista(
         z = y + u, \qquad x' = \arg\min_{\{z, x\}} F, \qquad
         y' = x' + \frac{t}{t'} (z - x') + \frac{t - 1}{t'} (x' - x)
 
-    with FISTA's t and FISTA's bound. Use it instead of ``accelerate(rules.fista())``. In the terms
-    of the kernel, with w = m + u: if z is accepted, m' = (t-1)/t' w and update = u + m'; otherwise
-    m' = t/t' w and update = m' - m.
+    with FISTA's t and FISTA's bound, and FISTA's exact worst case where that was computed
+    (:doc:`the table of proofs </proved>`). Use it instead of ``accelerate(rules.fista())``. In the
+    terms of the kernel, with w = m + u: if z is accepted, m' = (t-1)/t' w and update = u + m';
+    otherwise m' = t/t' w and update = m' - m.
 
     The buffer, x and z have at least float32, and F(x) increases by no more than their rounding. If
     params are bfloat16, ``eval_params`` rounds x to bfloat16, where F may increase (give it a

@@ -159,12 +159,12 @@ def nag(
 
 
 def nag_then_sgd(
-    learning_rate: float,
-    momentum: float = 0.9,
+    learning_rate: Scalar,
+    momentum: Scalar = 0.9,
     *,
     switch_step: int,
     transition_steps: int = 0,
-    sgd_learning_rate: float | None = None,
+    sgd_learning_rate: Scalar | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Mask | None = None,
     decay: Decay = "coupled",
@@ -219,8 +219,11 @@ def nag_then_sgd(
     check_range("transition_steps", transition_steps, 0, switch_step + 1, static=True)
     momentum = scalar(momentum)
     effective = scalar(learning_rate) / (1 - momentum)
-    target = effective if sgd_learning_rate is None else scalar(sgd_learning_rate)
-    check_range("sgd_learning_rate", target, 0.0)
+    if sgd_learning_rate is None:
+        target = effective
+    else:
+        check_range("sgd_learning_rate", sgd_learning_rate, 0.0)
+        target = scalar(sgd_learning_rate)
     # Outside of remaining(), where under jit max could not compare an array.
     length = max(transition_steps, 1)
 

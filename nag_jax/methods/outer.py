@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from nag_jax._arithmetic import (
     as_arrays,
-    buffer_dtype,
+    copied,
     dtype_of,
     filled,
     map_gradients,
@@ -30,7 +30,6 @@ from nag_jax._types import (
     AxisName,
     DTypeLike,
     KeyPath,
-    Leaf,
     OptState,
     Params,
     PyTree,
@@ -142,7 +141,7 @@ def outer(
 
     def init(params: Params) -> OuterState:
         check_trainable("the outer step", params)
-        slow = jax.tree.map(lambda p: _slow_copy(p, slow_dtype), params)
+        slow = copied(params, slow_dtype)
         start = jnp.zeros([], jnp.int32)
         return OuterState(inner.init(params), slow, outer_optimizer.init(slow), start)
 
@@ -256,17 +255,6 @@ def _resynchronized(params: PyTree, state: OuterState) -> PyTree:
         return jnp.where(steps == 0, slow[path].astype(dtype_of(p)), p)
 
     return jax.tree_util.tree_map_with_path(exact, params)
-
-
-def _slow_copy(p: Leaf, slow_dtype: DTypeLike | None) -> Leaf:
-    """A copy of ``p`` in the slow copy's dtype; abstract if ``p`` is."""
-    dtype = dtype_of(p)
-    if slow_dtype is not None:
-        dtype = buffer_dtype(dtype, slow_dtype)
-    if isinstance(p, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding)
-    # Never the same buffer as params, so that both can be donated.
-    return jnp.array(p, dtype, copy=True)
 
 
 def _like(new: ArrayLike, old: jax.Array) -> jax.Array:

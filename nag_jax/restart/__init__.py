@@ -1,12 +1,13 @@
-"""Restart conditions for ``accelerate(rule, restart=...)``, which say when to forget momentum.
+"""Restart conditions for ``accelerate(rule, restart=...)``, which decide when to reset momentum.
 
-Without known strong convexity, momentum that tends to 1 overshoots and oscillates. A restart
-starts the rule again with an empty buffer. On well-behaved problems that gives the linear rate of
-the best constant momentum to within a constant.
+If the strong convexity is not known, momentum that tends to 1 overshoots and oscillates. A restart
+starts the rule again with an empty buffer. On well-behaved problems the result is the linear rate
+of the best constant momentum, up to a constant factor.
 
-A condition is a function ``seen -> (fire, remembered)`` of what :class:`Seen` holds. What it
-remembers is a number that it sees again at the next step. ``accelerate`` restarts in the step
-after the condition held, which costs no pass over the arrays: ``decision.py`` has the equations.
+A condition is a function ``seen -> (fire, remembered)`` of a :class:`Seen`. ``fire`` is whether to
+restart, and ``remembered`` is a number that the condition gets at the next step. ``accelerate``
+restarts in the step after the condition was true, which needs no additional pass over the arrays;
+``decision.py`` has the equations.
 """
 
 from nag_jax.restart.conditions import by_name as by_name

@@ -1,16 +1,16 @@
 """The restart conditions."""
 
-from typing import Any
-
 from nag_jax._checks import as_static, check_count
+from nag_jax._types import ArrayLike, RestartLike
 from nag_jax.restart.decision import Condition, Seen
 
 
-def by_name(condition: str | Condition | None) -> Condition | None:
-    """The condition of that name; a condition itself, and None for never, as they are.
+def by_name(condition: RestartLike) -> Condition | None:
+    """Returns the condition with the given name.
 
     Args:
-      condition: "gradient", "value", "speed", a condition or None.
+      condition: "gradient", "value" or "speed"; or a condition or None, for never, which are
+        returned unchanged.
 
     Returns:
       A condition or None.
@@ -18,8 +18,9 @@ def by_name(condition: str | Condition | None) -> Condition | None:
     Raises:
       ValueError: for anything else.
 
-    >>> nag_jax.restart.by_name("speed") is nag_jax.restart.speed
-    True
+    Example:
+      >>> nag_jax.restart.by_name("speed") is nag_jax.restart.speed
+      True
     """
     if condition is None or callable(condition):
         return condition
@@ -33,13 +34,21 @@ def by_name(condition: str | Condition | None) -> Condition | None:
     return named[condition]
 
 
-def gradient(seen: Seen) -> tuple[Any, Any]:
-    r"""Restarts where the step opposes the momentum: :math:`\langle u, x_{k+1} - x_k \rangle < 0`.
+def gradient(seen: Seen) -> tuple[ArrayLike, ArrayLike]:
+    r"""Restarts if the step opposes the momentum: :math:`\langle u, x_{k+1} - x_k \rangle < 0`.
 
-    The best general choice: no evaluation and nothing to remember. With ``prox_step`` u is the
-    negative generalized gradient. On mini-batches it fires at random: use ``rules.srsgd`` there.
+    This is the best general choice, since it needs no function value. With ``prox_step``, u is the
+    negative generalized gradient. On mini-batches it would restart at random; use ``rules.srsgd``
+    for them.
 
-    >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.gradient)
+    Args:
+      seen: the step, the movement of the iterate and what was remembered.
+
+    Returns:
+      Whether to restart, and what to remember.
+
+    Example:
+      >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.gradient)
 
     References:
       O'Donoghue, Candes, Adaptive restart for accelerated gradient schemes, 2012,
@@ -49,17 +58,25 @@ def gradient(seen: Seen) -> tuple[Any, Any]:
     return seen.dot(seen.u, seen.v) < 0, seen.remembered
 
 
-def value(seen: Seen) -> tuple[Any, Any]:
-    """Restarts where the loss at params has grown; update needs ``value=loss`` for that.
+def value(seen: Seen) -> tuple[ArrayLike, ArrayLike]:
+    """Restarts if the loss at params has increased, for which update needs ``value=loss``.
 
-    Near the minimum differences of values drown in rounding where :func:`gradient` still works.
-    Inside ``shard_map`` or ``pmap`` name the axes of devices that each have a loss of their own in
-    ``accelerate(..., axis_name=...)``: all decide by the mean then, and without it each for itself.
+    Near the minimum, differences of values are lost to rounding, where :func:`gradient` still
+    works. Inside ``shard_map`` or ``pmap``, if devices have different values of the loss, name
+    their axes in ``accelerate(..., axis_name=...)``. All devices then decide by the mean; without
+    it each device decides by its own value.
+
+    Args:
+      seen: the loss and what was remembered, the loss at the step before.
+
+    Returns:
+      Whether to restart, and what to remember.
 
     Raises:
       ValueError: from update, if it is called without ``value``.
 
-    >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.value)
+    Example:
+      >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.value)
 
     References:
       O'Donoghue, Candes, Adaptive restart for accelerated gradient schemes, 2012,
@@ -74,13 +91,20 @@ def value(seen: Seen) -> tuple[Any, Any]:
     return (seen.steps > 0) & (seen.value > seen.remembered), seen.value
 
 
-def speed(seen: Seen) -> tuple[Any, Any]:
-    r"""Restarts where :math:`\|x_{k+1} - x_k\|` shrinks, not before 10 steps after the last one.
+def speed(seen: Seen) -> tuple[ArrayLike, ArrayLike]:
+    r"""Restarts if :math:`\|x_{k+1} - x_k\|` decreases, at least 10 steps after the last restart.
 
-    Slower than :func:`gradient` on quadratics, and the one with a proof of linear convergence in
+    It is slower than :func:`gradient` on quadratics, but has a proof of linear convergence in
     continuous time.
 
-    >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.speed)
+    Args:
+      seen: the movement of the iterate and what was remembered, its squared norm the step before.
+
+    Returns:
+      Whether to restart, and what to remember.
+
+    Example:
+      >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.speed)
 
     References:
       Su, Boyd, Candes, A differential equation for modeling Nesterov's accelerated gradient
@@ -92,7 +116,9 @@ def speed(seen: Seen) -> tuple[Any, Any]:
 
 
 def every(n: int) -> Condition:
-    r"""Restarts every n steps; :math:`n = e \sqrt{8/q}` is the best for known q = mu/L.
+    r"""Returns a condition that restarts every n steps.
+
+    For known q = mu/L, the best choice is :math:`n = e \sqrt{8/q}`.
 
     Args:
       n: steps from one restart to the next, at least 1.
@@ -103,20 +129,21 @@ def every(n: int) -> Condition:
     Raises:
       ValueError: if n is below 1.
 
-    >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.every(100))
+    Example:
+      >>> kernel = nag_jax.accelerate(rules.fista(), restart=nag_jax.restart.every(100))
     """
     check_count("n", n)
 
-    def condition(seen: Seen) -> tuple[Any, Any]:
+    def condition(seen: Seen) -> tuple[ArrayLike, ArrayLike]:
         _check_seen(seen)
-        # The step after the decision restarts, and is one of the n.
+        # The restart is in the step after the decision, which counts as one of the n.
         return seen.steps + 2 >= n, seen.remembered
 
     return condition
 
 
-def _check_seen(seen: Any) -> None:
-    """Raises ValueError where ``inject_hyperparams`` calls a condition as if it were a schedule."""
+def _check_seen(seen: object) -> None:
+    """Raises ValueError if ``inject_hyperparams`` has called a condition as a schedule."""
     if not isinstance(seen, Seen):
         raise ValueError(
             f"a restart condition was called with {seen!r} instead of a restart.Seen; "

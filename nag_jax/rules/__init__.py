@@ -1,8 +1,8 @@
-"""Rules: each Nesterov-type method as a few scalars a step, for :func:`nag_jax.accelerate`.
+"""Rules: each Nesterov-type method as a few scalars per step, for :func:`nag_jax.accelerate`.
 
-``rule.py`` says what a rule is. ``classical.py`` has Nesterov's own methods, ``optimal.py`` those
-with the best possible worst case for exact gradients, and ``stochastic.py`` those made for noise
-and for averaging.
+``rule.py`` defines the type of a rule. ``classical.py`` has Nesterov's own methods, ``optimal.py``
+those with optimal worst-case bounds for exact gradients, and ``stochastic.py`` those for noisy
+gradients and for averaging.
 """
 
 from nag_jax.rules.classical import chambolle_dossal as chambolle_dossal
@@ -27,6 +27,7 @@ from nag_jax.rules.rule import first_step as first_step
 from nag_jax.rules.rule import stability_limit as stability_limit
 from nag_jax.rules.stochastic import accsgd as accsgd
 from nag_jax.rules.stochastic import agnes as agnes
+from nag_jax.rules.stochastic import ema_nesterov as ema_nesterov
 from nag_jax.rules.stochastic import gpa as gpa
 from nag_jax.rules.stochastic import heavy_ball as heavy_ball
 from nag_jax.rules.stochastic import mass as mass
@@ -42,6 +43,7 @@ __all__ = [
     "at_step",
     "chambolle_dossal",
     "constant",
+    "ema_nesterov",
     "estimate_sequence",
     "first_step",
     "fista",

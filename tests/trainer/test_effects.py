@@ -45,7 +45,7 @@ def refuse(program, name, **changes):
         ("train", "mlp", dict(optimizer__name="nag_then_sgd", warmup_epochs=2.0), "warmup_epochs"),
         ("train", "mlp", dict(optimizer__name="adam", optimizer__convention="sutskever"), "nag or"),
         ("train", "mlp", dict(optimizer__switch_step=5), "set config.optimizer.name to nag_then_s"),
-        ("train", "mlp", dict(optimizer__b2=0.99), "to adam or adamw or nadam or nadamw$"),
+        ("train", "mlp", dict(optimizer__b2=0.99), "to adam or adamw or ema_nesterov or na"),
         ("train", "linear", dict(decay="decoupled"), r"with config\.weight_decay=0\.0; remove it"),
         ("train", "rnn", dict(augment__shift=1), r"task=language; .* set config\.task to classif"),
         ("train", "cnn", dict(model__hidden_sizes=(5,)), "set config.model.name to mlp"),

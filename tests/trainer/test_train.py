@@ -101,7 +101,7 @@ def test_every_optimizer_makes_updates(name):
     task, data = one_layer(jax.random.key(0))
     chosen = config(schedule="constant", warmup_epochs=0.0, weight_decay=1e-4, learning_rate=0.01)
     chosen.optimizer.update(name=name, switch_step=15, transition_steps=5)
-    tx = make_optimizer(chosen, 10, 40).transformation
+    tx = make_optimizer(chosen, 10, 80).transformation
     gradients = jax.jit(jax.grad(lambda p: task.losses(p, task.rest, data)[0] / 60))
     params, state = task.params, tx.init(task.params)
     for _ in range(31):  # past the first outer steps of snoo (28) and lookahead (5)

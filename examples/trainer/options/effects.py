@@ -66,7 +66,7 @@ _TABLE = (
     _only("model.latent model.width", "model.name", "dcgan"),
     _only("optimizer.convention", "optimizer.name", *_NAG),
     _only("optimizer.switch_step optimizer.transition_steps", "optimizer.name", "nag_then_sgd"),
-    _only("optimizer.b2", "optimizer.name", "adam", "adamw", "nadam", "nadamw"),
+    _only("optimizer.b2", "optimizer.name", "adam", "adamw", "ema_nesterov", "nadam", "nadamw"),
     _never(
         "learning_rate local.learning_rate", "optimizer.name", *_OWN_RATE,
         because="which finds its own",
