@@ -252,6 +252,31 @@ def test_the_stored_buffer_is_read_and_not_made_again():
     assert program.memory_analysis().temp_size_in_bytes < 2 * 64 * 128 / 8
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_zero1_splits_blocks_too(kind):
+    """A leaf of 9 rows is split along its columns, so that devices agree on the scales of rows."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    params = {"w": jnp.linspace(-1.0, 1.0, 9 * 256).reshape(9, 256)}
+    whole = nag_jax.nag(0.1, accumulator_dtype=nag_jax.int8_blocks(min_size=1))
+    sharded = nag_jax.zero1(whole, mesh)
+
+    def run(optimizer, params):
+        state = optimizer.init(params)
+        step = jax.jit(lambda p, s: optimizer.update(jax.tree.map(jnp.sin, p), s, p))
+        for _ in range(3):
+            updates, state = step(params, state)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    expected, state = run(whole, params)
+    with jax.set_mesh(mesh):
+        actual, split = run(sharded, jax.device_put(params, NamedSharding(mesh, P())))
+    assert split.inner.m["w"].addressable_shards[0].data.shape == (9, 32)
+    assert split.inner.storage.scales["w"].shape == (9, 1)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+    assert np.mean(np.asarray(split.inner.m["w"]) == np.asarray(state.m["w"])) > 0.999
+
+
 @every_storage
 def test_shards_inside_shard_map_hold_their_own_blocks(make):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

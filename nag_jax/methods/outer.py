@@ -83,6 +83,11 @@ def outer(
     bool, ``update(..., sync=True)`` or ``sync=False``. The compiled inner step then contains no
     collective, and ``every`` is ignored.
 
+    A step with ``sync=False`` moves as much memory as a step of ``inner`` alone. Where it is known
+    only at run time whether a step is the last of its round, it also reads the slow copy, and a
+    last step computes the update of ``inner`` twice: what a branch is given, XLA would keep in
+    memory at every step.
+
     The state is bit for bit the same on all workers. Params may differ in the last bit after an
     outer step, since the addition of an update is rounded; :func:`resynchronize` corrects this.
 
