@@ -84,6 +84,8 @@ def check_count(
     """
     if isinstance(value, Tracer) and not static:
         return
+    if isinstance(value, np.ndarray | jax.Array) and value.shape == () and value.dtype.kind in "iu":
+        value = int(value)
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         advice = "".join(f"; {text}" for text in (hint, static and as_static(name)) if text)
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}{advice}")

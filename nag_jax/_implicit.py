@@ -78,10 +78,24 @@ def with_derivatives(
     slope, slope_data = hoisted(real_gradient, v)
     after, after_data = hoisted(real_prox, v, norm(v))
 
-    @jax.custom_jvp
-    def solution(v: Reals, exists: jax.Array, data: PyTree) -> Reals:
+    @jax.custom_vjp
+    def kept(v: Reals, exists: jax.Array, data: PyTree) -> Reals:
         del exists, data
         return v
+
+    def forward(*primals: PyTree) -> tuple[Reals, PyTree]:
+        return solution(*primals), primals
+
+    def backward(primals: PyTree, cotangent: Reals) -> PyTree:
+        return jax.vjp(solution, *primals)[1](cotangent)
+
+    kept.defvjp(forward, backward)
+
+    @jax.custom_jvp
+    def solution(v: Reals, exists: jax.Array, data: PyTree) -> Reals:
+        # Before JAX 0.12, second derivatives of a scan drop the rule of custom_jvp, and then
+        # differentiate this function. They keep the rule of custom_vjp.
+        return kept(v, exists, data)
 
     def tangent(primals: PyTree, tangents: PyTree) -> tuple[Reals, Reals]:
         _, exists, data = primals
@@ -202,19 +216,15 @@ def _pseudo_inverse(
         batch = min(n, _BATCH)
         rows = jnp.eye(-(-n // batch) * batch, n, dtype=b.dtype).reshape(-1, batch, n)
         rows = jax.lax.map(jax.vmap(product), rows).reshape(-1, n)[:n]
-        eigenvalues, q = jnp.linalg.eigh((rows + rows.T) / 2)
-        sizes = jnp.abs(eigenvalues)
-        keep = sizes > 8 * precision * n**0.5 * jnp.max(sizes)
-        y = unit @ q
-        x = q @ jnp.where(keep, y / jnp.where(keep, eigenvalues, 1), 0)
-        lost = norm(jnp.where(keep, 0, y))
-        return jnp.where(strict & ~(lost <= precision**0.25), jnp.nan, x), jnp.asarray(True)
+        x, lost = _least_norm((rows + rows.T) / 2, unit, precision)
+        return jnp.where(strict & ~(lost <= small), jnp.nan, x), jnp.asarray(True)
 
+    small = precision**0.4
     if n <= _SMALL:
         return size * dense(None)[0]
     steps = 2 * n if n <= _DENSE else _STEPS
     cg = lambda b: jax.scipy.sparse.linalg.cg(product, b, tol=precision**0.75, maxiter=steps)[0]
-    x, small = cg(unit), precision**0.4
+    x = cg(unit)
     solved = norm(unit - product(x)) <= small
 
     def projected(_: PyTree) -> tuple[jax.Array, jax.Array]:
@@ -229,6 +239,31 @@ def _pseudo_inverse(
         again = dense if n <= _DENSE else projected
         x, solved = jax.lax.while_loop(lambda loop: ~loop[1], again, (x, solved))
     return size * jnp.where(solved, x, jnp.nan)
+
+
+def _least_norm(a: jax.Array, b: jax.Array, precision: float) -> tuple[jax.Array, jax.Array]:
+    """The pseudo-inverse of ``a`` times ``b``, and how much of ``b`` is outside the range.
+
+    Rows and columns are scaled to a diagonal of 1 before small eigenvalues are taken for 0, so that
+    parameters of different units do no harm: with D the scales, x = D z and (D a D) z = D b.
+    """
+    n = b.size
+    diagonal = jnp.maximum(jnp.abs(jnp.diag(a)), precision * jnp.max(jnp.abs(a), axis=1))
+    d = 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    scaled = d[:, None] * a * d[None, :]
+    eigenvalues, q = jnp.linalg.eigh(scaled)
+    sizes = jnp.abs(eigenvalues)
+    # What rounding of the entries, and of eigh, makes of an eigenvalue that is 0.
+    rounding = precision * norm(scaled) / n**0.5
+    keep = sizes > 8 * jnp.maximum(rounding, jnp.finfo(a.dtype).eps * jnp.max(sizes))
+    # The null space of a is D times that of the scaled matrix.
+    null, r = jnp.linalg.qr(d[:, None] * jnp.where(keep[None, :], 0, q))
+    null = jnp.where(jnp.diag(r)[None, :] != 0, null, 0)
+    outside = lambda v: null @ (v @ null)
+    z = (d * (b - outside(b))) @ q
+    x = d * (q @ jnp.where(keep, z / jnp.where(keep, eigenvalues, 1), 0))
+    lost, size = norm(jnp.where(keep, 0, (d * b) @ q)), norm(d * b)
+    return x - outside(x), lost / jnp.where(size > 0, size, 1)
 
 
 def norm(tree: PyTree) -> jax.Array:

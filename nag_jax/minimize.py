@@ -74,8 +74,11 @@ def minimize(
 
     which is 0 exactly at solutions and does not depend on the learning rate. The run stops when the
     error is at most ``tol``, after ``max_steps``, when something is not finite, or when params no
-    longer move. With a prox, ``result.params`` are an output of the prox, whatever stopped the run:
-    sparse or feasible. ``minimize`` works inside ``jax.jit``, ``vmap``, ``scan`` and ``remat``.
+    longer move. Where params are so large that their rounding would hide an error of ``tol``, the
+    prox is also tried with a longer step. With a prox, ``result.params`` are an output of the
+    prox, whatever stopped the run: sparse or feasible. ``minimize`` works inside ``jax.jit``,
+    ``vmap``, ``scan`` and ``remat``. Outside of these it is compiled once for each ``fun``: keep the
+    function and the prox, and pass numbers that change as arrays.
 
     ``result.params`` and ``result.value`` have derivatives of any order, in forward and reverse
     mode, with respect to all floating-point and complex arrays that ``fun`` and ``prox`` close
@@ -93,6 +96,9 @@ def minimize(
     * With a prox they use JAX's derivative of it. At a kink, such as an entry at exactly the
       threshold of an l1 penalty, the solution has no derivative, and the result is what JAX returns
       for the prox there.
+    * Inside ``lax.scan`` and ``lax.map``, JAX before 0.12 cannot take forward over reverse
+      derivatives, as in ``jax.hessian``, and raises ``TypeError``. Reverse over reverse,
+      ``jax.jacrev(jax.grad(f))``, works.
     * Above 1,024 unknowns the linear system is solved by conjugate gradients; NaN if they fail.
 
     Args:
@@ -108,8 +114,8 @@ def minimize(
         ``nag_jax.proximal``. None: there is none.
       tol: largest error of a converged result, at least 0, in units of the gradient.
       max_steps: the largest number of gradients, at least 1.
-      implicit_diff: False to leave out the derivatives, which are then 0. That is for a fun that
-        JAX can differentiate only once.
+      implicit_diff: False to leave out the derivatives of ``result.params``, which are then 0.
+        That is for a fun that JAX can differentiate only once.
 
     Returns:
       A :class:`Result`. Look at ``converged`` first.
@@ -252,7 +258,7 @@ def _run(
     def body(loop: _Loop) -> _Loop:
         p = loop.params
         value, g = _value_and_gradient(fun, p)
-        error = _error(p, g, prox)
+        error = norm(g) if prox is None else _error(p, g, prox, tol)
         updates, state = tx.update(g, loop.state, p, value=value, grad=g, value_fn=fun)
         new = optax.apply_updates(p, updates)
         moved = norm(_minus(new, p))
@@ -279,12 +285,9 @@ def _run(
     loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True), sizes)
     loop = jax.lax.while_loop(unfinished, body, loop)
     x, met = evaluated(loop.params, loop.state), loop.error <= tol
-    small = loop.small >= _PATIENCE
     if prox is not None:
         x = _settled(x, loop.sizes, prox)
-        hidden = met & _hidden(x, fun, prox, tol)
-        met, small = met & ~hidden, small | hidden
-    reason = jnp.where(small, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
+    reason = jnp.where(loop.small >= _PATIENCE, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
     reason = jnp.where(met, Reason.TOLERANCE, reason)
     reason = jnp.where(loop.finite, reason, Reason.NOT_FINITE).astype(jnp.int32)
     return x, loop.error, loop.steps, reason
@@ -294,7 +297,8 @@ def _settled(x: Params, sizes: PyTree, prox: Prox) -> Params:
     """The output of the prox that ``x``, a sum of params and a buffer, is up to rounding."""
 
     def cleared(x: jax.Array, size: jax.Array) -> jax.Array:
-        return jnp.where(jnp.abs(x) <= _ROUNDING_UNITS * float(jnp.finfo(x.dtype).eps) * size, 0, x)
+        rounding = _ROUNDING_UNITS * float(jnp.finfo(x.dtype).eps) * size
+        return jnp.where(jnp.abs(x) < rounding, 0, x)
 
     return _projected(jax.tree.map(cleared, x, sizes), prox)
 
@@ -345,25 +349,18 @@ def _value_and_gradient(fun: Objective, params: Params) -> tuple[jax.Array, Para
     return value, jax.tree.map(jnp.conj, g)  # optax descends along the conjugate
 
 
-def _error(p: Params, g: Params, prox: Prox | None, step: Scalar = 1.0) -> jax.Array:
-    """0 exactly at a solution: the norm of the gradient, or of (p - prox(p - step*g)) / step."""
-    if prox is None:
-        return norm(g)
-    return norm(_minus(p, prox(_descended(p, g, step), step))) / step
-
-
-def _hidden(x: Params, fun: Objective, prox: Prox, tol: jax.Array) -> jax.Array:
-    """Whether rounding of x hides an error above tol, judged by a step as long as x."""
-    length = norm(x)
+def _error(p: Params, g: Params, prox: Prox, tol: jax.Array) -> jax.Array:
+    """The norm of p - prox_1(p - g), or what a longer step shows if rounding of p may hide it."""
+    of_step = lambda step: norm(_minus(p, prox(_descended(p, g, step), step))) / step
+    error, length, size = of_step(jnp.ones_like(tol)).astype(tol.dtype), norm(p), norm(g)
     eps = jnp.finfo(length.dtype).eps
 
-    def error_is_larger() -> jax.Array:
-        g = _value_and_gradient(fun, x)[1]
-        size = norm(g)
-        step = jnp.clip(length / jnp.where(size > 0, size, length), 1, _limit(length))
-        return _error(x, g, prox, step) > jnp.maximum(10 * tol, 100 * eps * size)
+    def longer() -> jax.Array:
+        step = length / jnp.maximum(size, 100 * tol)
+        other = of_step(jnp.clip(step, 1, _limit(length))).astype(tol.dtype)
+        return jnp.where(other > jnp.maximum(10 * tol, 100 * eps * size), other, error)
 
-    return jax.lax.cond(eps * length > tol, error_is_larger, lambda: jnp.asarray(False))
+    return jax.lax.cond((eps * length > tol) & (error <= tol), longer, lambda: error)
 
 
 def _descended(p: Tree, g: Tree, step: Scalar) -> Tree:

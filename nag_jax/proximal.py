@@ -12,6 +12,7 @@ extrapolated point, in general neither sparse nor feasible. The iterate of ``eva
 the rounding of ``params - m``.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -223,8 +224,13 @@ def group_l1(strength: Strength, axis: int | tuple[int, ...] | None = -1) -> Pro
       Statistical Society B 68, 2006. Parikh, Boyd, Proximal algorithms, 2014, section 6.5.
     """
     _check_entries("strength", strength, 0.0)
-
     axes = axis if isinstance(axis, tuple) else (axis,)
+    integral = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
+    if axis is not None and not (integral and len(set(axes)) == len(axes)):
+        raise ValueError(
+            f"axis must be an int, a tuple of different ints or None, got {axis!r}; None makes "
+            "each leaf one group"
+        )
 
     def norm(z: jax.Array) -> jax.Array:
         if z.ndim and any(a is not None and not -z.ndim <= a < z.ndim for a in axes):

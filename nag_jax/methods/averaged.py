@@ -9,16 +9,14 @@ import optax
 from nag_jax._arithmetic import (
     applied,
     as_arrays,
-    dtype_of,
     filled,
     map_gradients,
     real_like,
-    wide,
     wide_zeros,
 )
 from nag_jax._checks import check_optimizer, check_range, check_trainable, given_params
 from nag_jax._paths import only_scalar
-from nag_jax._types import ArrayLike, OptState, Params, Updates, transformation
+from nag_jax._types import OptState, Params, Updates, transformation
 from nag_jax.kernel import shifted
 
 
@@ -102,19 +100,10 @@ def averaged(
         k = steps.astype(float)
         keep = k / (k + 1 + power)
         # Where there is no update, params do not move and the average approaches them.
-        moved = filled(map_gradients(_move, updates, params), jax.tree.map(jnp.zeros_like, offset))
+        moved = filled(map_gradients(applied, updates, params), jax.tree.map(jnp.zeros_like, offset))
         # average' - params' = (1 - w_k) (average - params - move)
         follow = lambda m, move: (real_like(keep, m) * (m - move)).astype(m.dtype)
         offset = jax.tree.map(follow, offset, moved)
         return updates, AverageState(offset, jnp.asarray(optax.safe_increment(steps)), inner)
 
     return transformation(init, update)
-
-
-def _move(u: ArrayLike, p: ArrayLike) -> jax.Array:
-    """The distance by which ``optax.apply_updates`` moves ``p``, in at least float32."""
-    if dtype_of(p).itemsize < 4:
-        return applied(u, p)
-    # Not u itself: the sum is that of the new params. XLA on TPU computes in the same pass what
-    # depends on them, but would make another pass for what depends on u.
-    return wide(p) + wide(u) - wide(p)

@@ -261,16 +261,16 @@ def _test(
     seen: _Seen, value_fn: Callable[[Params], ArrayLike], prox: Prox | None, dot: Dot
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     """Returns ``test(lr)``: whether the step is short enough, and whether that can be told."""
-    g, params, value, square, rounding = jax.lax.stop_gradient(
-        (seen.g, seen.params, seen.value, seen.square, seen.rounding)
+    g, params, value, rounding = jax.lax.stop_gradient(
+        (seen.g, seen.params, seen.value, seen.rounding)
     )
 
     def test(lr: jax.Array) -> tuple[jax.Array, jax.Array]:
         u = _step(g, params, prox, lr)
-        # <g, u> and |u|^2/(2 lr), for which a gradient step needs no more passes over the arrays.
-        slope, model = -lr * square, lr * square / 2
+        slope = dot(g, u)
+        # |u|^2/(2 lr). A gradient step u = -lr*g needs no other sum.
+        model = -slope / 2
         if prox is not None:
-            slope = dot(g, u)
             model = dot(u, map_gradients(lambda u: u / real_like(2 * lr, u), u))
         after = value_fn(_moved(filled(params, seen.rest), u))
         after = given_scalar("what value_fn returns", after).astype(value.dtype)
