@@ -100,7 +100,9 @@ def averaged(
         k = steps.astype(float)
         keep = k / (k + 1 + power)
         # Where there is no update, params do not move and the average approaches them.
-        moved = filled(map_gradients(applied, updates, params), jax.tree.map(jnp.zeros_like, offset))
+        moved = filled(
+            map_gradients(applied, updates, params), jax.tree.map(jnp.zeros_like, offset)
+        )
         # average' - params' = (1 - w_k) (average - params - move)
         follow = lambda m, move: (real_like(keep, m) * (m - move)).astype(m.dtype)
         offset = jax.tree.map(follow, offset, moved)
