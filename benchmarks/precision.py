@@ -33,9 +33,13 @@ STORAGES: dict[str, Any] = {
     "stochastic_bfloat16": nag_jax.stochastic_bfloat16,
     "int8_blocks": nag_jax.int8_blocks,
 }
+# These models are so small that nearly all of their leaves would stay float32.
+TRAINED = STORAGES | {"int8_blocks": lambda seed: nag_jax.int8_blocks(seed, min_size=1024)}
 # Momentum in float32; the parameters are rounded at each step.
-PARAMS: dict[str, Any] = {"bfloat16 params, nearest": optax.identity,
-          "bfloat16 params, stochastic_rounding": nag_jax.stochastic_rounding}  # fmt: skip
+PARAMS: dict[str, list[Any]] = {  # with these links at the end of the chain
+    "bfloat16 params, nearest": [],
+    "bfloat16 params, stochastic_rounding": [nag_jax.stochastic_rounding()],
+}
 
 
 def recipes() -> dict[str, Any]:
@@ -106,11 +110,10 @@ def make_optimizer(config: Any, samples: int, seed: int, storage: str) -> Any:
         convention=config.optimizer.convention,
         weight_decay=config.weight_decay,
         weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        accumulator_dtype=STORAGES.get(storage, lambda seed: jnp.float32)(seed),
+        accumulator_dtype=TRAINED.get(storage, lambda seed: jnp.float32)(seed),
     )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    tail = [PARAMS[storage]()] if storage in PARAMS else []
-    return optax.chain(clip, nag, *tail)
+    return optax.chain(clip, nag, *PARAMS.get(storage, []))
 
 
 def bytes_per_parameter(shapes: list[tuple[int, ...]], storage: Any) -> float:

@@ -189,10 +189,10 @@ def _described(tree: PyTree) -> str:
 
 def applied(u: ArrayLike, p: ArrayLike) -> jax.Array:
     """The distance by which ``optax.apply_updates`` moves ``p``, in at least float32."""
-    if dtype_of(p).itemsize >= 4:
-        # Not u: the sum is computed for the new params, too. XLA on TPU computes in one pass what
-        # depends on them, but makes a second pass for another array that depends on u.
-        return wide(p) + wide(u) - wide(p)
-    # Not a cast to the dtype of p and back, which XLA may remove.
-    kind = jnp.finfo(dtype_of(p))
-    return jax.lax.reduce_precision(wide(p) + wide(u), kind.nexp, kind.nmant) - wide(p)
+    after = wide(p) + wide(u)
+    if dtype_of(p).itemsize < 4:
+        # Not a cast to the dtype of p and back, which XLA may remove.
+        kind = jnp.finfo(dtype_of(p))
+        after = jax.lax.reduce_precision(after, kind.nexp, kind.nmant)
+    # Also for float32 not ``u``: XLA on TPU would not make params and what follows in one pass.
+    return after - wide(p)

@@ -99,7 +99,8 @@ class Case(NamedTuple):
     evaluates: bool = False  # calls the loss itself, so it must see all of params
     rounds: bool = False  # the sum of params and update, so it returns float32 for bfloat16
     moves: bool = False  # params to a mesh, so that its second step has other types
-    copies: bool = False  # a copy of its buffer: the old one is needed after it is written
+    # A copy of its buffer on CPU: the old one is needed after it is written. See test_chips.py.
+    copies: bool = False
     rounding: float = 1e-6  # how far two compilations may differ
 
     def make(self):
@@ -164,13 +165,18 @@ CASES = {
         copies=True,
     ),
     "monotone_fista": Case(monotone_fista, dict(learning_rate=0.1), evaluates=True, copies=True),
-    "diloco": Case(diloco, dict(learning_rate=0.05, every=2), ("every",), copies_params=True),
-    "snoo": Case(snoo, dict(learning_rate=0.05, every=3), ("every",), copies_params=True),
+    "diloco": Case(
+        diloco, dict(learning_rate=0.05, every=2), ("every",), copies_params=True, copies=True
+    ),
+    "snoo": Case(
+        snoo, dict(learning_rate=0.05, every=3), ("every",), copies_params=True, copies=True
+    ),
     "snoo float32 copy": Case(
         snoo,
         dict(learning_rate=HALVING, every=3, slow_dtype=jnp.float32),
         ("every", "slow_dtype"),
         copies_params=True,
+        copies=True,
     ),
     "nag_auto": Case(  # copies on CPU only, like the restarts
         nag_jax.nag_auto, dict(learning_rate=1.0), copies=True, copies_params=True

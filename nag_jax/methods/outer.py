@@ -83,6 +83,11 @@ def outer(
     bool, ``update(..., sync=True)`` or ``sync=False``. The compiled inner step then contains no
     collective, and ``every`` is ignored.
 
+    A step with ``sync=False`` moves as much memory as a step of ``inner`` alone. Where it is known
+    only at run time whether a step is the last of its round, it also reads the slow copy, and a
+    last step computes the update of ``inner`` twice: what a branch is given, XLA would keep in
+    memory at every step.
+
     The state is bit for bit the same on all workers. Params may differ in the last bit after an
     outer step, since the addition of an update is rounded; :func:`resynchronize` corrects this.
 
@@ -154,29 +159,35 @@ def outer(
         **extra_args: object,
     ) -> tuple[Updates, OuterState]:
         params, state = given_params("outer", params), as_arrays(state)
-        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
-        # The update of a Python number may be one, and both branches must return the same types.
-        updates = jax.tree.map(jnp.asarray, updates)
+
+        def inner_step() -> tuple[Updates, OptState]:
+            proposed, inner_state = inner.update(updates, state.inner, params, **extra_args)
+            # The update of a Python number may be one.
+            return jax.tree.map(jnp.asarray, proposed), inner_state
+
+        def outer_step(proposed: Updates) -> tuple[Params, OptState]:
+            gradient = _displacement(proposed, params, state.slow, axis_name)
+            moves, new_state = outer_optimizer.update(gradient, state.outer, state.slow)
+            return _moved(state.slow, moves), jax.tree.map(_like, new_state, state.outer)
+
+        proposed, inner_state = inner_step()
         steps = jnp.asarray(optax.safe_increment(state.steps))
 
-        def stay(*unchanged: PyTree) -> tuple[PyTree, ...]:
-            return unchanged
-
-        def meet(updates: Updates, slow: Params, outer_state: OptState) -> tuple[PyTree, ...]:
-            gradient = _displacement(updates, params, slow, axis_name)
-            moves, new_state = outer_optimizer.update(gradient, outer_state, slow)
-            new_slow = _moved(slow, moves)
-            updates = _update_to(new_slow, updates, params)
-            return updates, new_slow, jax.tree.map(_like, new_state, outer_state)
-
         due = sync if sync is not None else True if every == 1 else steps >= every
-        arguments = updates, state.slow, state.outer
+        slow, outer_state = state.slow, state.outer
         if isinstance(due, Tracer):
-            updates, slow, outer_state = jax.lax.cond(due, meet, stay, *arguments)
-        else:  # outside of jit, where lax.cond would be compiled at every call
-            updates, slow, outer_state = (meet if due else stay)(*arguments)
+            # XLA keeps in memory, at every step, what goes into a branch or comes out of it. So the
+            # branch computes the inner update again, and the choice between updates is outside.
+            slow, outer_state = jax.lax.cond(
+                due, lambda: outer_step(inner_step()[0]), lambda: (state.slow, state.outer)
+            )
+            choose = lambda moved, u: jnp.where(due, moved, u)
+            proposed = map_gradients(choose, _update_to(slow, proposed, params), proposed)
+        elif due:  # outside of jit, where lax.cond would be compiled at every call
+            slow, outer_state = outer_step(proposed)
+            proposed = _update_to(slow, proposed, params)
         steps = _like(jnp.where(due, 0, steps), state.steps)
-        return updates, OuterState(inner_state, slow, outer_state, steps)
+        return proposed, OuterState(inner_state, slow, outer_state, steps)
 
     return transformation(init, update)
 

@@ -16,22 +16,20 @@ from nag_jax.precision.rounding import (
     check_seed,
     next_key,
     start_key,
-    to_bfloat16,
     uniform_bits,
 )
 from nag_jax.precision.storage import Storage, map_numbered, zeros
 
-_TINY = 1e-37  # a block of a smaller scale is stored as 0: its reciprocal might overflow
-_LANES = 128  # a TPU keeps arrays in tiles of so many numbers along the last axis ...
-_LARGE = 2**16  # fewer elements take less time to copy than to start the kernel that does
-_TILE = 32  # ... and so many int8 numbers, or 8 float32 numbers, along the one before it
+_LEVELS = 127
+_TINY = 1e-34  # a block of smaller numbers is stored as 0: the reciprocal might overflow
+_LANES = 128  # of a TPU: a vector is stored like the rows of a matrix of so many columns
 
 
 class BlockState(NamedTuple):
     """What ``int8_blocks`` adds to the state of ``accelerate``."""
 
     key: jax.Array  # of the noise of the next step, shape=(2,), uint32
-    scales: Params  # like params: float32, one for each block; int8 zeros where m is not int8
+    scales: Params  # like params: largest magnitude of each block, float32; int8 zeros if no blocks
     derivative: Params = ()  # like params, float32: zeros that carry the derivative of m, if kept
 
     def decode(self, m: Params) -> Params:
@@ -45,36 +43,41 @@ class BlockState(NamedTuple):
 def int8_blocks(
     seed: int = 0,
     *,
-    block_size: int = 128,
-    min_size: int = _LARGE,
-    shards: int = 8,
+    block_size: int = 64,
+    min_size: int = 2**16,
+    shards: int = 1,
     differentiable: bool = False,
 ) -> Storage:
     r"""A momentum buffer of about 1 byte a parameter: int8 numbers, one float32 scale a block.
 
-    For ``accumulator_dtype``. With :math:`s = \max_{block}|m| / 127`, the stored number is
-    :math:`q = \lfloor m/s + u \rfloor` with u uniform in [0, 1). The buffer is
-    :math:`\hat m = s q`, off by less than s and equal to m in the mean.
+    For ``accumulator_dtype``. With s the largest magnitude in a block, the stored number is an
+    integer q from -127 to 127 that stands for
 
-    A block is up to ``block_size`` consecutive elements along one axis: the last but one, or an
-    earlier one that splits into longer blocks. A matrix has blocks of 128 rows of one column. A TPU
-    can find the largest number of such a block and use its scale without a copy of the leaf. For
-    that the last axis must be a multiple of 128 and the blocks a multiple of 32. A vector has
-    blocks of 128. Other leaves, such as an embedding with an odd number of rows, are stored like
-    :func:`nag_jax.stochastic_bfloat16`. Leaves with fewer than ``min_size`` elements stay float32.
-    If that is below the default, other leaves of fewer elements than the default have blocks along
-    the last axis.
+    .. math::
+        \hat m = s\, \mathrm{sign}(q)\, (q / 127)^2, \qquad \mathrm{E}[\hat m] = m, \qquad
+        |\hat m - m| \le \frac{2 \sqrt{s |m|}}{127} + \frac{s}{127^2}
 
-    A step reads the gradient and the old buffer twice: once for the new scales, and again to encode
-    with them. So it moves at least 19.1 bytes a parameter, more than the 16 of
-    ``stochastic_bfloat16``: int8 saves memory, not time. On a TPU a matrix whose number of blocks
-    along the rows is not a power of two takes 20.4.
+    The square makes the steps between small numbers small, so that a large number in a block costs
+    the others little. Of the two nearest such values one is chosen at random so that the mean is
+    exact.
 
-    The buffer ``m`` has the shapes of params, and ``scales`` has the same tree and ranks with as
-    many entries along each axis as there are blocks, so a ``PartitionSpec`` of params fits both:
-    block lengths divide the equal shards of each axis for any number of devices that divides
-    ``shards``, so that no block crosses from one device to another. The noise is as in
-    :func:`nag_jax.stochastic_bfloat16`, but inside ``shard_map`` all shards of a leaf use the same.
+    A block is a row of a leaf: all elements along its last axis, or along the last one with at
+    least ``block_size`` elements. A vector has blocks of 128 elements if its length is a multiple
+    of that. XLA finds the largest number of such a block, and uses it, without a copy on GPU and
+    TPU. A step reads the gradient and the old buffer twice, once for the new scales and again to
+    encode with them. So it moves at least 19 bytes a parameter, more than the 16 of
+    :func:`nag_jax.stochastic_bfloat16`: int8 saves memory, not time.
+
+    The buffer ``m`` has the shapes of params. ``scales`` has the same tree and ranks, with as many
+    entries along each axis as there are blocks. Under ``jit`` parameters and state may be split
+    over devices in any way. A block that is split needs an all-reduce of its largest number. With
+    ``shards`` set to the number of devices along an axis, or a multiple, no block is split, and a
+    ``PartitionSpec`` of params also fits ``scales``; this is needed inside ``shard_map`` and for a
+    sharding of the state that is derived from that of params. Where blocks need not be split,
+    leave it at 1: more blocks in a row are slow on a TPU.
+
+    The noise is as in :func:`nag_jax.stochastic_bfloat16`, but inside ``shard_map`` all shards of a
+    leaf use the same.
 
     Integers have no derivative in JAX. To differentiate through steps inside ``jit`` or
     ``lax.scan``, set ``differentiable``: the state then holds zeros whose derivative is that of the
@@ -83,34 +86,33 @@ def int8_blocks(
 
     Args:
       seed: an integer in [0, 2**32).
-      block_size: the largest number of elements of a block, an int of at least 1. The buffer takes
-        1 + 4/block_size bytes a parameter where it divides an axis.
+      block_size: the smallest number of elements of a block, if an axis has as many, an int of at
+        least 1. The buffer takes at most 1 + 4/block_size bytes a parameter.
       min_size: leaves with fewer elements stay float32, as do empty ones, and complex ones
-        complex64. An int of at least 0.
-      shards: the largest number of equal shards along one axis that blocks must respect, an int of
-        at least 1. For parameters that are split over Explicit axes of a mesh, a multiple of the
-        number of devices along each axis.
+        complex64. An int of at least 0. For small leaves int8 would be slower than float32.
+      shards: the number of equal shards along one axis that blocks must respect, as far as they
+        divide the axis, an int of at least 1.
       differentiable: whether to keep room for a derivative, 4 bytes a parameter.
 
     Returns:
       A storage for ``accelerate``, ``nag`` and the recipes.
 
     Raises:
-      ValueError: for arguments out of range; from ``init``, for parameters that are split over more
-        devices than shards allows; when the derivative of an update inside ``jit`` or ``lax.scan``
-        is taken without ``differentiable``.
+      ValueError: for arguments out of range; from ``init``, if shards is above 1 and parameters are
+        split over Explicit axes of a mesh into other shards; when the derivative of an update
+        inside ``jit`` or ``lax.scan`` is taken without ``differentiable``.
 
     Example:
-      >>> params = {"kernel": jnp.ones((1024, 1024)), "bias": jnp.ones(1024)}
+      >>> params = {"kernel": jnp.ones((512, 1024)), "bias": jnp.ones(1024)}
       >>> optimizer = nag_jax.nag(0.1, accumulator_dtype=nag_jax.int8_blocks())
       >>> state = optimizer.init(params)
       >>> size = sum(x.nbytes for x in jax.tree.leaves(state))
-      >>> print(f"{size / (1024 * 1024 + 1024):.2f} bytes a parameter")
-      1.03 bytes a parameter
+      >>> print(f"{size / (512 * 1024 + 1024):.2f} bytes a parameter")
+      1.01 bytes a parameter
 
     References:
       Dettmers, Lewis, Shleifer, Zettlemoyer, 8-bit optimizers via block-wise quantization, 2021,
-      arXiv:2110.02861 (there with nearest rounding and a non-linear code).
+      arXiv:2110.02861 (there with nearest rounding and another non-linear code).
     """
     check_seed(seed)
     for name, value in (("block_size", block_size), ("min_size", min_size), ("shards", shards)):
@@ -120,18 +122,12 @@ def int8_blocks(
         return jax.tree.map(lambda m: jnp.zeros_like(m, jnp.float32), tree)
 
     def init(params: Params) -> tuple[Params, BlockState]:
-        def narrow(m: jax.Array) -> jax.Array:
-            if m.dtype == jnp.int8 and block(m.shape, block_size, shards) is None:
-                return jnp.zeros_like(m, jnp.bfloat16)
-            return m
-
         def scale(m: jax.Array) -> jax.Array:
             if m.dtype != jnp.int8:
                 return jnp.zeros_like(m, jnp.int8)
             return zero_scales(m, block_size, shards)
 
-        m = zeros(params, jnp.int8, max(min_size, 1))  # there is no block of an empty leaf
-        m = jax.tree.map(narrow, m)
+        m = zeros(params, jnp.int8, max(min_size, 2))  # empty leaves and scalars have no block
         derivative = float_zeros(m) if differentiable else ()
         return m, BlockState(start_key(seed), jax.tree.map(scale, m), derivative)
 
@@ -142,13 +138,10 @@ def int8_blocks(
         kept = jax.tree.leaves(derivative)
 
         def encoded(leaf: int, x: jax.Array, m: jax.Array, scales: jax.Array) -> jax.Array:
-            if m.dtype == jnp.int8:
-                x = x if kept else not_differentiable(x)
-                return encode(x, scales, uniform_bits(memory.key, leaf, x.shape))
-            if m.dtype == jnp.bfloat16:
-                bits = uniform_bits(memory.key, leaf, x.shape)
-                return to_bfloat16(x.astype(jnp.float32), bits).astype(m.dtype)
-            return x.astype(m.dtype)
+            if m.dtype != jnp.int8:
+                return x.astype(m.dtype)
+            x = x if kept else not_differentiable(x)
+            return encode(x, scales, uniform_bits(memory.key, leaf, x.shape))
 
         def followed(x: jax.Array, m: jax.Array, old: jax.Array) -> jax.Array:
             return zero_like(x.astype(old.dtype)) if m.dtype == jnp.int8 else old
@@ -162,38 +155,22 @@ def int8_blocks(
     return Storage(init, store)
 
 
-def block(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[int, int] | None:
-    """The axis along which a leaf has blocks and their length; None for a leaf without blocks.
-
-    A block never crosses the boundary between two of gcd(axis, shards) equal shards.
-    """
-    shard = [length // math.gcd(length, shards) for length in shape]
-    if len(shape) > 1 and shape[-1] % _LANES == 0:
-        fitting = [(_divisor(n, block_size, _TILE), axis) for axis, n in enumerate(shard[:-1])]
-        length, axis = max(fitting)
-        if length:
-            return axis, length
-    if len(shape) == 1 and shard[0] % _LANES == 0 and block_size >= _LANES:
-        return 0, _LANES  # in memory, these are the rows of a matrix
-    if not shape or math.prod(shape) >= _LARGE:
-        return None
-    return len(shape) - 1, _divisor(shard[-1], block_size, 1)
-
-
-def _divisor(n: int, at_most: int, of: int) -> int:
-    """The largest divisor of n of at most ``at_most`` that is a multiple of ``of``, or 0."""
-    return next((d for d in range(at_most // of * of, 0, -of) if n % d == 0), 0)
+def blocks(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[int, ...]:
+    """The number of blocks along each axis of a leaf."""
+    long = (axis for axis in reversed(range(len(shape))) if shape[axis] >= block_size)
+    axis = next(long, max(range(len(shape)), key=lambda axis: shape[axis]))
+    count = math.gcd(shape[axis], shards)
+    if len(shape) == 1 and shape[0] // count % _LANES == 0:
+        count = shape[0] // _LANES
+    return (*shape[:axis], count, *shape[axis + 1 :])
 
 
 def zero_scales(m: jax.Array, block_size: int, shards: int) -> jax.Array:
     """The scales of a zero buffer, sharded as the buffer is."""
-    fitting = block(m.shape, block_size, shards)
-    assert fitting
-    axis, length = fitting
-    counts = (*m.shape[:axis], m.shape[axis] // length, *m.shape[axis + 1 :])
+    counts = blocks(m.shape, block_size, shards)
     mesh, spec = jax.typeof(m).sharding.mesh, _explicit_spec(m)
     parts = [math.prod(mesh.shape[name] for name in jax.tree.leaves(axes)) for axes in spec]
-    if any(n % devices for n, devices in zip(counts, parts, strict=True)):
+    if shards > 1 and any(n % devices for n, devices in zip(counts, parts, strict=True)):
         raise ValueError(
             f"shards must be a multiple of the devices that a parameter is split over, {parts} "
             f"along the axes of shape {m.shape}, got {shards}; pass "
@@ -207,16 +184,20 @@ def rescale(x: jax.Array, scales: jax.Array) -> jax.Array:
     """The scales that ``x`` needs; those of a leaf that is not int8 as they are."""
     if scales.dtype != jnp.float32:
         return scales
-    return _largest(jax.lax.stop_gradient(x), scales.shape) / 127
+    return _largest(jax.lax.stop_gradient(x), scales.shape)
 
 
 @jax.jit
 def encode(x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
-    """``x`` in units of its scales, stochastically rounded to int8 by 16 random ``bits``."""
-    inverse = jnp.where(scales > _TINY, 1 / scales, 0)
+    """The integers that stand for ``x``, stochastically rounded by 16 random ``bits``."""
+    inverse = jnp.where(scales > _TINY, _LEVELS**2 / scales, 0)
+    square = jnp.abs(x).astype(jnp.float32) * _spread(inverse, x.shape)
+    q = jnp.floor(jnp.sqrt(square))
+    # Between q**2 and (q + 1)**2, up with the probability that makes the mean exact.
     noise = (bits.astype(jnp.float32) + 0.5) / 2**16
-    q = jnp.floor(x.astype(jnp.float32) * _spread(inverse, x.shape) + noise)
-    return jnp.where(jnp.isnan(x), 0, jnp.clip(q, -127, 127)).astype(jnp.int8)  # NaN is in scales
+    q = jnp.minimum(jnp.where(square - q * q > noise * (2 * q + 1), q + 1, q), _LEVELS)
+    signed = jnp.where(x < 0, -q, q)
+    return jnp.where(jnp.isfinite(square), signed, 0).astype(jnp.int8)  # or the scale shows it
 
 
 @jax.jit
@@ -224,42 +205,36 @@ def decode(m: jax.Array, scales: jax.Array) -> jax.Array:
     """The float32 numbers that ``encode`` stored; ``m`` itself where it is not int8."""
     if m.dtype != jnp.int8:
         return m
-    return m.astype(jnp.float32) * _spread(scales, m.shape)
+    q = m.astype(jnp.float32)
+    return q * jnp.abs(q) * _spread(scales / _LEVELS**2, m.shape)
 
 
 def _largest(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
     """The largest magnitude in each block, float32; NaN where there is one."""
     magnitude = jnp.abs(x).astype(jnp.float32)
-    axis, blocks = _blocks(x.shape, counts)
-    # For other numbers of blocks, XLA on TPU does not fuse the maximum over whole blocks with what
-    # computes x: it would write x to memory. It fuses the maximum over a tile, so that comes first.
-    if axis == x.ndim - 2 and blocks & (blocks - 1):
-        tiles = x.shape[axis] // 8
-        magnitude = jax.lax.optimization_barrier(_largest_of(magnitude, axis, tiles))
-    return _largest_of(magnitude, axis, blocks)
-
-
-def _largest_of(x: jax.Array, axis: int, parts: int) -> jax.Array:
-    """The maximum over each of so many equal parts of an axis."""
-    shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+    axis = _axis(x.shape, counts)
+    if counts[axis] == 1:
+        return jnp.max(magnitude, axis=axis, keepdims=True)
+    shape = (*counts[: axis + 1], x.shape[axis] // counts[axis], *counts[axis + 1 :])
     spec = list(_explicit_spec(x))
     spec.insert(axis + 1, None)  # the blocks are split over devices, not what is inside
-    return jnp.max(_reshaped(x, shape, spec), axis=axis + 1)
+    return jnp.max(_reshaped(magnitude, shape, spec), axis=axis + 1)
 
 
 def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The scale of its block for each element."""
-    axis, blocks = _blocks(shape, scales.shape)
-    inside = (*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
+    """What to multiply a leaf of this shape by, so that each element meets that of its block."""
+    axis = _axis(shape, scales.shape)
+    if scales.shape[axis] == 1:
+        return scales
+    inside = (*scales.shape[: axis + 1], shape[axis] // scales.shape[axis], *shape[axis + 1 :])
     spread = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), inside)
     return _reshaped(spread, shape, _explicit_spec(scales))
 
 
-def _blocks(shape: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, int]:
-    """The axis along which a leaf has blocks, and their number."""
+def _axis(shape: tuple[int, ...], counts: tuple[int, ...]) -> int:
+    """The axis along which a leaf has blocks."""
     split = (axis for axis, n in enumerate(counts) if n != shape[axis])
-    axis = next(split, len(shape) - 1)
-    return axis, counts[axis]
+    return next(split, len(shape) - 1)
 
 
 def _explicit_spec(x: jax.Array) -> tuple[AxisName, ...]:
