@@ -24,6 +24,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", NAMES)
 def test_reaches_the_solution_of_scikit_learn(name):
@@ -39,6 +40,7 @@ def test_reaches_the_solution_of_scikit_learn(name):
         assert abs(ours - low) <= gap * low
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib")

@@ -408,6 +408,7 @@ BATCHES = PLACEMENTS | {
 }
 
 
+@pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_arrays_may_lie_anywhere(mode, kind):

@@ -166,6 +166,7 @@ LOOKED_AHEAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOKED_AHEAD)
 def test_ema_nesterov_is_split_and_resumes(name):
     """Around any optimizer, saved inside of the window of its look-ahead."""

@@ -147,6 +147,7 @@ def params_after(chosen, updates=4):
     return np.asarray(params["w"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum_schedule", ["constant", "linear", "convex"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_table_is_true_of_every_optimizer(name, momentum_schedule):

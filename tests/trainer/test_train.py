@@ -55,13 +55,10 @@ SHRUNK = {
     "gan": dict(dataset="digits"),
     "diloco": dict(batch_size=32),
 }
-SLOW = {"cnn", "diloco", "gan", "resnet", "rnn"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_a_few_steps(tmp_path, name):
     shrunk = config(name, num_epochs=1, log_every=2, **SHRUNK.get(name, {}))
     shrunk.model.update(hidden_sizes=(8,), hidden=8, channels=(4,) * len(shrunk.model.channels))
@@ -284,6 +281,7 @@ def test_shards_are_streamed_and_their_bad_records_counted(tmp_path, capsys):
         train.train_and_evaluate(chosen, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(tmp_path, capsys):
     first = train.train_and_evaluate(config(), tmp_path)
     before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
@@ -313,14 +311,15 @@ def write_text(folder):
     (folder / "text").write_text("to be, or not to be: that is the question. " * 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "write", "changed"),
     [
-        pytest.param("mnist", write_dataset, "train-images-idx3-ubyte", marks=pytest.mark.slow),
+        ("mnist", write_dataset, "train-images-idx3-ubyte"),
         ("mnist", write_dataset, "t10k-images-idx3-ubyte"),
         ("shards", write_small_shards, "train/x-00002.npy"),
         ("shards", write_small_shards, "test/x-00000.npy"),
-        pytest.param("text", write_text, "text", marks=pytest.mark.slow),
+        ("text", write_text, "text"),
     ],
 )
 def test_a_run_resumes_only_with_its_own_data(tmp_path, capsys, dataset, write, changed):
