@@ -362,6 +362,7 @@ def test_minimizes(name):
     assert minimized(*run(compiled(name), example_params(), 100), example_params())
 
 
+@pytest.mark.slow
 @every_name
 @pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
 def test_minimizes_in_other_dtypes_and_in_a_scan(name, dtype):

@@ -113,6 +113,7 @@ def step_of(optimizer, gradient=None):
     return step
 
 
+@pytest.mark.slow
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64", "complex64"])
 def test_strict_promotion(make, dtype, request):
@@ -230,6 +231,7 @@ def test_a_rule_may_return_any_float_dtype(x64):
         np.testing.assert_array_equal(updates, 1.25)
 
 
+@pytest.mark.slow
 @every_state
 def test_a_restored_state_of_numpy_scalars_gives_the_same_numbers(make):
     optimizer, params = make(), example_params()

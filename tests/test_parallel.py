@@ -157,6 +157,7 @@ def test_accumulates_in_float32_and_returns_the_dtype_of_params(mode, accumulate
     assert params == jnp.bfloat16(-batch.mean())
 
 
+@pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("policy", ["skip", "raise"])
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -502,6 +503,7 @@ def test_complex_parameters_descend(mode):
     np.testing.assert_allclose(params, 2.0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "shard_map"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_other_axes_of_the_mesh_stay_free(mode, accumulate):

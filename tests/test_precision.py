@@ -53,6 +53,7 @@ def share_of_limit(storage, momentum, gradient):
     return float(jnp.mean(buffer(state) / gradient)) * (1 - momentum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.9, 0.95, 0.99, 0.995, 0.999])
 def test_constant_gradient_reaches_the_limit_only_with_unbiased_rounding(momentum):
     gradient = jnp.linspace(0.02, 1.0, 4096)

@@ -186,6 +186,7 @@ def try_method(name):
     return [*(check(name, needs) for check in checks), needs]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")  # step sizes that are found differ by rounding otherwise
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_of_the_methods_is_what_happens(name):

@@ -92,6 +92,7 @@ def one_layer(key):
     return make_task(config("linear"), dataset, key), data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_makes_updates(name):
     """Each lowers the loss; its evaluation iterate differs from its params if it has one."""
