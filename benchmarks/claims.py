@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import auto, step_time, stepsizes
+from benchmarks.chips import CHIPS
 from benchmarks.readme import PAGE, span
 from benchmarks.shapes import SHAPES
 from benchmarks.speedup import claims, report
@@ -195,6 +196,31 @@ def scaling() -> dict[str, bool]:
     }
 
 
+def chips() -> dict[str, bool]:
+    rows = read("chips")["rows"]
+    large = "one leaf of 134 M"
+    ratios = lambda name: [rows[name][c][large]["moved"] / rows[name]["least"] for c in CHIPS]
+    least = ("rules.", "nag", "fista", "ogm", "tmm", "pogm", "optista", "averaged")
+    more = ("nag_auto", "backtracking")
+    kernels = lambda name: rows[name]["h100"]["500 of 64 x 64"]["operations"]
+    sgd = "optax.sgd, nesterov"
+    return {
+        "Every rule moves the least, with or without a restart.": all(
+            max(ratios(name)) < 1.01 for name in rows if name.startswith(least) and name not in more
+        ),
+        "`nag_auto` and `backtracking` move more than their least.": all(
+            min(ratios(name)) > 1.1 for name in more
+        ),
+        "`int8_blocks` moves about as much as float32 momentum": all(
+            0.9 < rows["nag, int8_blocks"][chip][large]["moved"] / 20 < 1 for chip in CHIPS
+        ),
+        "merges the kernels of small leaves of `nag` into less than a tenth as many": (
+            kernels("nag") < kernels(sgd) / 10
+        ),
+        "but not with a restart": kernels("fista, restart gradient") > kernels(sgd),
+    }
+
+
 def certificates() -> dict[str, bool]:
     rows = read("certificates")["rows"]
     of = lambda name: [row for row in rows if row["method"].startswith(f"`{name}")]
@@ -282,7 +308,7 @@ def trainer() -> dict[str, bool]:
 
 
 ON_BENCHMARKS = (
-    convergence, step_sizes, tuning, find_lr, steps, precision, throughput, streaming, diloco,
+    convergence, step_sizes, tuning, find_lr, steps, chips, precision, throughput, streaming, diloco,
     scaling,
 )  # fmt: skip
 CONCLUSIONS = [
