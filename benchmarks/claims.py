@@ -308,8 +308,8 @@ def trainer() -> dict[str, bool]:
 
 
 ON_BENCHMARKS = (
-    convergence, step_sizes, tuning, find_lr, steps, chips, precision, throughput, streaming, diloco,
-    scaling,
+    convergence, step_sizes, tuning, find_lr, steps, chips, precision, throughput, streaming,
+    diloco, scaling,
 )  # fmt: skip
 CONCLUSIONS = [
     Conclusions(ROOT / "README.md", front),
