@@ -106,7 +106,15 @@ def assert_same_numbers(ours, theirs, dtype="float32", mode="jit"):
     chex.assert_trees_all_close(to_wide(actual), to_wide(expected), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("mode", "dtype", "rate"), pairwise(MODES, TOLERANCE))
+@pytest.mark.parametrize(
+    ("mode", "dtype", "rate"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow)
+        if case[0] == "eager" and case[1] != "float32"
+        else case
+        for case in pairwise(MODES, TOLERANCE)
+    ],
+)
 def test_equals_optax_sgd(mode, dtype, rate, request):
     if dtype == "float64":
         request.getfixturevalue("x64")

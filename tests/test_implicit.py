@@ -415,6 +415,7 @@ def test_parameters_of_different_units(scale, mode):
     np.testing.assert_allclose(mode(solved)(1.0), 1.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
 @pytest.mark.parametrize("n", [3, 100])
 def test_parameters_in_bfloat16(n, mode):

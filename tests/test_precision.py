@@ -185,6 +185,7 @@ def test_bytes_of_the_state():
     assert state.m["norm"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 @every_storage
 @pytest.mark.parametrize("axes", [P("data"), P(None, "data")])
 def test_sharded_state_keeps_its_shards_and_its_numbers(make, axes):

@@ -226,6 +226,7 @@ BASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", BASES)
 def test_ema_nesterov_around_another_optimizer(name, dtype, request):

@@ -253,6 +253,7 @@ def test_units_do_not_matter(method):
     assert max(counts) < 1.1 * min(counts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("make", [
     nag_jax.backtracking,

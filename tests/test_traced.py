@@ -86,6 +86,7 @@ def trajectory(optimizer):
     return points
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FACTORIES)
 def test_injected_numbers_are_those_given(name):
     make, numbers = FACTORIES[name]
