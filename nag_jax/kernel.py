@@ -93,9 +93,9 @@ def accelerate(
       the dtypes of the incoming updates, and keeps the shapes and dtypes of its state.
 
     Raises:
-      ValueError: if accumulator_dtype is neither a floating or complex dtype nor a storage, or for
-        an unknown restart; from ``init``, if a parameter is neither floating-point nor complex, or
-        for a restart of a rule whose d or l is not 1.
+      ValueError: if rule is not a Rule, if accumulator_dtype is neither a floating or complex dtype
+        nor a storage, or for an unknown restart; from ``init``, if a parameter is neither
+        floating-point nor complex, or for a restart of a rule whose d or l is not 1.
 
     Example:
       Adam with Nesterov momentum. The parameters and the iterate to evaluate after one step:
@@ -110,6 +110,7 @@ def accelerate(
       ['0.85', '-1.85']
       ['0.90', '-1.90']
     """
+    _check_rule(rule)
     storage = storages.choose(accumulator_dtype)
     condition = conditions.by_name(restart)
     kind = BeforeLearningRateState if rule.before_learning_rate else AccelerateState
@@ -166,6 +167,14 @@ def accelerate(
         )
 
     return transformation(init, update)
+
+
+def _check_rule(rule: object) -> None:
+    if isinstance(rule, Rule):
+        return
+    name = getattr(rule, "__name__", None)
+    called = f"call it, as in {name}()" if name else "pass one, such as nag_jax.rules.nesterov(0.9)"
+    raise ValueError(f"rule must be a nag_jax.rules.Rule, got {name or repr(rule)}; {called}")
 
 
 def shifted(params: Params, m: PyTree, by: Scalar) -> Params:

@@ -152,3 +152,16 @@ def test_the_sum_over_leaves_is_computed_once():
     restarting = nag_jax.accelerate(rules.fista(), restart="gradient")
     assert barriers(restarting, 3) == ["f32"]
     assert barriers(restarting, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (rules.fista, r"rule must be a nag_jax\.rules\.Rule, got fista; call it, as in fista\(\)"),
+        (0.9, r"rule must be a nag_jax\.rules\.Rule, got 0\.9; pass one, such as"),
+        (None, r"got None; pass one"),
+    ],
+)
+def test_what_is_not_a_rule_is_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        nag_jax.accelerate(rule)
