@@ -43,7 +43,7 @@ from nag_jax.rules.rule import scalar
 Dot: TypeAlias = Callable[[Updates, Updates], jax.Array]
 
 _ROUNDING = 4  # of values, in units of the precision
-_TELLING = 8  # a step this many times above rounding tells whether it was short enough
+_TELLING = 8  # a step this many times above rounding shows whether it was short enough
 
 
 class BacktrackingState(NamedTuple):
