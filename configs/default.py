@@ -29,15 +29,16 @@ def get_config() -> ConfigDict:
     config.augment.zoom = 0.0  # crop to a side of at least 1 - zoom and scale back
 
     config.model = ConfigDict()
-    config.model.name = "mlp"  # linear | mlp | cnn | resnet | gru | dcgan
+    config.model.name = "mlp"  # linear | mlp | cnn | resnet | gru | transformer | dcgan
     config.model.hidden_sizes = (256, 128)  # mlp
     config.model.channels = (32, 64)  # cnn: of both stages; resnet: of each stage
     config.model.hidden = 128  # cnn: dense layer; gru: state
-    config.model.blocks = 1  # resnet: per stage
+    config.model.blocks = 1  # resnet: per stage; transformer: all
     config.model.embedding = 64  # gru
-    config.model.length = 64  # gru: characters per window
+    config.model.length = 64  # gru, transformer: characters per window
     config.model.latent = 64  # dcgan: size of the noise
-    config.model.width = 32  # dcgan: channels next to the image
+    config.model.width = 32  # dcgan: channels next to the image; transformer: units
+    config.model.heads = 4  # transformer: of attention, in each block
 
     config.optimizer = ConfigDict()
     # nag | averaged | lookahead | snoo (these three wrap nag) | nag_then_sgd (no schedule of the

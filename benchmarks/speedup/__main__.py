@@ -1,4 +1,4 @@
-"""Does Nesterov's momentum speed up training? All optimizers are tuned, on twelve problems.
+"""Does Nesterov's momentum speed up training? All optimizers are tuned, on thirteen problems.
 
     python -m benchmarks.speedup
 
@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.machine import describe_machine
 from benchmarks.speedup import cells, plots, report, store
-from benchmarks.speedup.optimizers import OPTIMIZERS
+from benchmarks.speedup.optimizers import NEWER, OPTIMIZERS
 
 RESULTS = Path(__file__).parent.parent / "results" / "speedup"
 IMAGES = RESULTS.parent.parent.parent / "docs" / "img"
@@ -95,14 +95,14 @@ def done(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speedup", description=__doc__)
     parser.add_argument("--tasks", nargs="*", default=list(cells.NAMES), choices=cells.NAMES)
-    parser.add_argument("--optimizers", nargs="*", choices=list(OPTIMIZERS))
+    parser.add_argument("--optimizers", nargs="*", choices=list(OPTIMIZERS | NEWER))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="tables and plots only")
     parser.add_argument("--results", type=Path, help="folder of the result files")
     parser.add_argument("--processes", type=int, default=2, help="0: this one")
     parser.add_argument("--also_ran", default="nothing else", help="for the result files")
     arguments = parser.parse_args(argv)
-    some = ["sgd", "nag_sutskever"] if arguments.quick else list(OPTIMIZERS)
+    some = ["sgd", "nag_sutskever"] if arguments.quick else list(OPTIMIZERS | NEWER)
     arguments.optimizers = arguments.optimizers or some
     arguments.results = arguments.results or (QUICK if arguments.quick else RESULTS)
     if not arguments.report:

@@ -36,7 +36,7 @@ def contestants(name: str, quick: bool) -> dict[str, Optimizer]:
     if name == MAP:
         return {key: OPTIMIZERS[key] for key in ("heavy_ball", "nag")}
     chosen, found = task(name, quick), {}
-    for key, optimizer in OPTIMIZERS.items():
+    for key, optimizer in chosen.contestants.items():
         if optimizer.exact and chosen.batch_size:
             continue
         if chosen.momenta and key in ("heavy_ball", "nag_sutskever"):

@@ -28,7 +28,7 @@ class Speedup(NamedTuple):
 
     @classmethod
     def of(cls, found: dict[str, dict[str, Any]]) -> "Speedup":
-        pick = lambda names: {name: found[name] for name in names}
+        pick = lambda names: {name: found[name] for name in names if name in found}
         return cls(pick(cells.QUADRATICS), pick(tasks.TASKS), found[cells.MAP])
 
     def on_quadratics(self, key: str, base: str = NAG) -> list[float]:

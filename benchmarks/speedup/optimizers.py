@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -12,6 +13,8 @@ from nag_jax import rules
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)
 FINE_MOMENTA = tuple(1 - 2 ** (-j / 2) for j in range(25))  # where theory wants one near 1
 DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+LOOKAHEADS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+EMA_DECAY = 0.99
 WARMUP = 0.05  # of the steps
 
 
@@ -76,8 +79,61 @@ def _heavy_ball(s: Setting, h: Hyper) -> optax.GradientTransformation:
     return optax.chain(optax.sgd(rate(s, h["rate"])), kernel)
 
 
+def _muon(*, nesterov: bool) -> Callable[[Setting, Hyper], optax.GradientTransformation]:
+    """For the matrices between embedding and logits; Adam for the rest, at the same rate.
+
+    Muon's updates have the size of Adam's (arXiv:2502.16982), so that one rate fits both.
+    """
+    return lambda s, h: optax.contrib.muon(
+        rate(s, h["rate"]),
+        beta=h.get("momentum", 0.95),
+        nesterov=nesterov,
+        muon_weight_dimension_numbers=_hidden_matrices,
+        consistent_rms=0.2,
+    )
+
+
+def _hidden_matrices(params: Any) -> Any:
+    """Muon's dimension numbers of these, None for other parameters."""
+    matrix = optax.contrib.MuonDimensionNumbers()
+    hidden = lambda path, p: (
+        matrix if "blocks" in jax.tree_util.keystr(path) and p.ndim == 2 else None
+    )
+    return jax.tree.map_with_path(hidden, params)
+
+
+def _ema_nesterov(base: Any) -> Callable[[Setting, Hyper], optax.GradientTransformation]:
+    """A look-ahead in about the window of the authors' speed-runs."""
+
+    def make(s: Setting, h: Hyper) -> optax.GradientTransformation:
+        window = dict(start=round(0.15 * s.steps), end=round(0.75 * s.steps))
+        ahead = nag_jax.schedules.follow_learning_rate(h["lookahead"], rate(s, h["rate"]), **window)
+        kernel = nag_jax.accelerate(rules.ema_nesterov(EMA_DECAY, ahead))
+        return optax.chain(base(s, h), kernel)
+
+    return make
+
+
+def _adamw(s: Setting, h: Hyper) -> optax.GradientTransformation:
+    return optax.adamw(rate(s, h["rate"]))
+
+
 def _with_momentum(title: str, make: Any, middle: float, **more: Any) -> Optimizer:
     return Optimizer(title, make, middle, "momentum", MOMENTA, (3, 5), **more)
+
+
+def _looking_ahead(title: str, base: Any) -> Optimizer:
+    return Optimizer(
+        title, _ema_nesterov(base), 0.004, "lookahead", LOOKAHEADS, (1, 3),
+        evaluate=nag_jax.eval_params, adaptive=True,
+    )  # fmt: skip
+
+
+def _averaging(title: str, make: Any, first: tuple[int, int]) -> Optimizer:
+    return Optimizer(
+        title, make, 0.004, "momentum", MOMENTA[1:], first,
+        evaluate=nag_jax.eval_params, adaptive=True,
+    )  # fmt: skip
 
 
 def _exact(title: str, make: Any, middle: float | None) -> Optimizer:
@@ -109,6 +165,30 @@ OPTIMIZERS = {
     "fista_restart": _exact("FISTA + restart", lambda s, h: nag_jax.fista(h["rate"]), 0.25),
     "backtracking": _exact("backtracking", lambda s, h: nag_jax.backtracking(), None),
 }  # fmt: skip
+
+# For the transformer only. The second hyperparameter is the momentum of Muon and of SNOO's outer
+# steps, the decay of the averages of GPA and Schedule-Free, and EMA-Nesterov's largest look-ahead.
+NEWER = {
+    "muon": _with_momentum("Muon", _muon(nesterov=False), 0.004, adaptive=True),
+    "muon_nesterov": _with_momentum("Muon, Nesterov", _muon(nesterov=True), 0.004, adaptive=True),
+    "ema_muon": _looking_ahead("EMA-Nesterov(Muon)", _muon(nesterov=True)),
+    "ema_adamw": _looking_ahead("EMA-Nesterov(AdamW)", _adamw),
+    "snoo": _averaging(
+        "SNOO(AdamW)", lambda s, h: nag_jax.snoo(_adamw(s, h), momentum=h["momentum"]), (0, 2)
+    ),
+    "gpa": _averaging(
+        "GPA(AdamW)",
+        lambda s, h: optax.chain(_adamw(s, h), nag_jax.accelerate(rules.gpa(h["momentum"]))),
+        (2, 4),
+    ),
+    "schedule_free": _averaging(
+        "Schedule-Free AdamW",
+        lambda s, h: optax.contrib.schedule_free_adamw(
+            h["rate"], round(WARMUP * s.steps), b1=h["momentum"]
+        ),
+        (2, 4),
+    ),
+}
 
 
 def transformation(

@@ -12,9 +12,9 @@ import optax
 import nag_jax
 from benchmarks.auto import halved
 from benchmarks.speedup import curves
-from benchmarks.speedup.optimizers import Setting
+from benchmarks.speedup.optimizers import NEWER, OPTIMIZERS, Setting
 from benchmarks.speedup.training import Task
-from configs import cnn, linear, mlp, resnet, rnn
+from configs import cnn, linear, mlp, resnet, rnn, transformer
 from examples.trainer.data import datasets
 from examples.trainer.tasks.choose import make_task
 
@@ -134,10 +134,9 @@ def residual(quick: bool) -> Task:
     )
 
 
-def recurrent(quick: bool) -> Task:
-    samples, steps, size = (200, 20, 16) if quick else (12000, 400, 32)
-    hidden, length = (8, 8) if quick else (48, 24)
-    config = _configured(rnn, hidden=hidden, embedding=hidden // 2, length=length)
+def _text(
+    title: str, about: str, config: Any, samples: int, steps: int, size: int, seen: int, **more: Any
+) -> Task:
     dataset = datasets.load(config)
     make = functools.cache(lambda seed: make_task(config, dataset, jax.random.key(seed)))
     train, valid = _split(dataset.train, samples)
@@ -147,24 +146,43 @@ def recurrent(quick: bool) -> Task:
         return total / sums["samples"], (rest, total / sums["samples"])
 
     return Task(
-        title="GRU",
-        about=f"characters of Python's documentation, {hidden} units, windows of {length}, "
+        title=title,
+        about=f"characters of Python's documentation, {about}, windows of {config.model.length}, "
         f"gradient clipped at norm 1, {_length(steps, size, True)}",
         setting=Setting(steps, decays=True, clip=config.clip_norm),
         start=lambda seed: (make(seed).params, make(seed).rest),
         losses=losses,
         train=train,
-        valid={"x": valid["x"][: VALID // 4]},
+        valid={"x": valid["x"][:seen]},
         test={"x": jnp.asarray(dataset.test["x"][:VALID])},
-        seen=VALID // 4,
+        seen=seen,
         batch_size=size,
         score="test loss",
         higher_is_better=False,
         trivial=_entropy(dataset.train["x"][:samples, 1:]),
         fusions=tuple(config.cpu_fusions),
-        scale=16.0,
-        ratio=1.12,
+        **more,
     )
+
+
+def recurrent(quick: bool) -> Task:
+    samples, steps, size = (200, 20, 16) if quick else (12000, 400, 32)
+    hidden, length = (8, 8) if quick else (48, 24)
+    config = _configured(rnn, hidden=hidden, embedding=hidden // 2, length=length)
+    return _text(
+        "GRU", f"{hidden} units", config, samples, steps, size, 256, scale=16.0, ratio=1.12
+    )
+
+
+def attending(quick: bool) -> Task:
+    samples, steps, size = (200, 20, 16) if quick else (12000, 400, 16)
+    width, length = (8, 8) if quick else (64, 32)
+    config = _configured(transformer, width=width, blocks=2, length=length)
+    about = f"2 blocks of {width} units with {config.model.heads} heads"
+    return _text(
+        "transformer", about, config, samples, steps, size, 128, scale=4.0, ratio=1.12,
+        contestants=OPTIMIZERS | NEWER,
+    )  # fmt: skip
 
 
 def autoencoder(quick: bool) -> Task:
@@ -211,6 +229,7 @@ TASKS: dict[str, Callable[[bool], Task]] = {
     "autoencoder": autoencoder,
     "mlp": perceptron,
     "gru": recurrent,
+    "transformer": attending,
     "cnn": convolutional,
     "resnet": residual,
 }

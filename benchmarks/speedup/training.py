@@ -39,6 +39,7 @@ class Task(NamedTuple):
     scale: float = 1.0  # of the first learning rates of what is not adaptive
     low: float | None = None  # the minimum of the loss, where it is known
     momenta: tuple[float, ...] = ()  # each tuned by itself, those of heavy ball and NAG
+    contestants: dict[str, optimizers.Optimizer] = optimizers.OPTIMIZERS
 
 
 class Run(NamedTuple):

@@ -30,9 +30,14 @@ def check_values(config: Any) -> None:
     if stages == 0 or (config.model.name == "cnn" and stages != 2):
         need = "two for cnn, one for each stage of resnet"
         raise UserError(f"config.model.channels must be {need}, got {config.model.channels}")
-    for name in ("hidden", "blocks", "embedding", "length", "latent", "width"):
+    for name in ("hidden", "blocks", "embedding", "length", "latent", "width", "heads"):
         if config.model[name] < 1:
             raise UserError(f"config.model.{name} must be at least 1, got {config.model[name]}")
+    if config.model.name == "transformer" and config.model.width % config.model.heads:
+        raise UserError(
+            f"config.model.width must be a multiple of config.model.heads={config.model.heads}, "
+            f"got {config.model.width}"
+        )
     if not set(config.cpu_fusions) <= set(FUSIONS):
         raise UserError(f"config.cpu_fusions must be some of {FUSIONS}, got {config.cpu_fusions}")
     if not (config.augment.shift >= 0 and 0 <= config.augment.zoom < 1):

@@ -210,7 +210,7 @@ def image_model(model: Any, shape: tuple[int, ...], outputs: int, rngs: nnx.Rngs
         hidden = model.hidden_sizes if model.name == "mlp" else ()
         return MLP(math.prod(shape), hidden, outputs, rngs=rngs)
     if model.name not in ("cnn", "resnet"):
-        known = "linear, mlp, cnn, resnet (images), gru (text), dcgan (adversarial)"
+        known = "linear, mlp, cnn, resnet (images), gru, transformer (text), dcgan (adversarial)"
         raise UserError(f"config.model.name must be one of {known}, got {model.name!r}")
     if len(shape) != 3 or min(shape[:2]) < 4:
         raise UserError(f"{model.name} needs images of at least 4 x 4 pixels, got {shape}")

@@ -12,6 +12,7 @@ from examples.trainer.data.datasets import Dataset
 from examples.trainer.errors import UserError
 from examples.trainer.tasks.gru import GRU
 from examples.trainer.tasks.task import Batch, Sums, Task
+from examples.trainer.tasks.transformer import Transformer
 
 
 class LanguageModel(Task):
@@ -20,11 +21,8 @@ class LanguageModel(Task):
     learns_from = ("text",)
 
     def __init__(self, config: Any, dataset: Dataset, key: jax.Array):
-        if config.model.name != "gru":
-            raise UserError(f"config.model.name={config.model.name!r} cannot do text: use gru")
-        self.names, model = dataset.names, config.model
-        rngs = nnx.Rngs(key)
-        super().__init__(GRU(len(self.names), model.embedding, model.hidden, rngs=rngs))
+        self.names = dataset.names
+        super().__init__(language_model(config.model, len(self.names), nnx.Rngs(key)))
 
     def score_batch(self, model: Any, batch: Batch) -> tuple[jax.Array, Sums]:
         codes = batch["x"]
@@ -51,3 +49,12 @@ class LanguageModel(Task):
         start = jnp.zeros(1, int), model.initial_state(1)
         _, codes = jax.lax.scan(step, start, jax.random.split(key, length))
         return "".join(self.names[code] for code in jax.device_get(codes))
+
+
+def language_model(model: Any, symbols: int, rngs: nnx.Rngs) -> GRU | Transformer:
+    """The model that ``config.model`` names, of texts with ``symbols`` different characters."""
+    if model.name == "gru":
+        return GRU(symbols, model.embedding, model.hidden, rngs=rngs)
+    if model.name == "transformer":
+        return Transformer(symbols, model.length, model.width, model.heads, model.blocks, rngs=rngs)
+    raise UserError(f"config.model.name={model.name!r} cannot do text: use gru or transformer")
