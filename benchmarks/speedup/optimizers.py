@@ -13,7 +13,7 @@ from nag_jax import rules
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)
 FINE_MOMENTA = tuple(1 - 2 ** (-j / 2) for j in range(25))  # where theory wants one near 1
 DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-LOOKAHEADS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+LOOKAHEADS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
 EMA_DECAY = 0.99
 WARMUP = 0.05  # of the steps
 
@@ -124,7 +124,7 @@ def _with_momentum(title: str, make: Any, middle: float, **more: Any) -> Optimiz
 
 def _looking_ahead(title: str, base: Any) -> Optimizer:
     return Optimizer(
-        title, _ema_nesterov(base), 0.004, "lookahead", LOOKAHEADS, (1, 3),
+        title, _ema_nesterov(base), 0.004, "lookahead", LOOKAHEADS, (3, 5),
         evaluate=nag_jax.eval_params, adaptive=True,
     )  # fmt: skip
 

@@ -180,7 +180,7 @@ def attending(quick: bool) -> Task:
     config = _configured(transformer, width=width, blocks=2, length=length)
     about = f"2 blocks of {width} units with {config.model.heads} heads"
     return _text(
-        "transformer", about, config, samples, steps, size, 128, scale=4.0, ratio=1.12,
+        "transformer", about, config, samples, steps, size, 128, scale=4.0, ratio=1.2,
         contestants=OPTIMIZERS | NEWER,
     )  # fmt: skip
 

@@ -48,6 +48,7 @@ def refuse(program, name, **changes):
         ("train", "mlp", dict(optimizer__b2=0.99), "to adam or adamw or ema_nesterov or na"),
         ("train", "linear", dict(decay="decoupled"), r"with config\.weight_decay=0\.0; remove it"),
         ("train", "rnn", dict(augment__shift=1), r"task=language; .* set config\.task to classif"),
+        ("train", "rnn", dict(model__heads=2), "set config.model.name to transformer"),
         ("train", "cnn", dict(model__hidden_sizes=(5,)), "set config.model.name to mlp"),
         ("train", "mlp", dict(data_dir="/data"), "config.data_dir=/data has no effect with config"),
         ("train", "mlp", dict(text_file="/text"), "set config.dataset to text"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.trainer.tasks import augment, gru, image_models
+from examples.trainer.tasks import augment, gru, image_models, transformer
 
 RNGS = nnx.Rngs(0)
 
@@ -140,6 +140,67 @@ def test_gradient_of_the_gru_is_that_of_its_definition():
     chex.assert_trees_all_close(
         gradient(gru.recurrence), gradient(definition), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_block_of_the_transformer_is_that_of_pytorch():
+    torch = pytest.importorskip("torch")
+    block = transformer.Block(6, 2, 1, rngs=RNGS)
+    keys = iter(jax.random.split(jax.random.key(0), 50))
+    params = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), nnx.state(block))
+    nnx.update(block, params)
+    gelu = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    other = torch.nn.TransformerEncoderLayer(
+        6, 2, 24, dropout=0.0, activation=gelu, layer_norm_eps=1e-6, batch_first=True,
+        norm_first=True,
+    )  # fmt: skip
+    tensor = lambda x: torch.tensor(np.asarray(x[...]))
+    projections = block.queries, block.keys, block.values
+    with torch.no_grad():
+        attention = other.self_attn
+        attention.in_proj_weight.copy_(torch.cat([tensor(p.kernel).T for p in projections]))
+        attention.in_proj_bias.zero_()
+        pairs = (attention.out_proj, block.mixed), (other.linear1, block.hidden)
+        for layer, ours in (*pairs, (other.linear2, block.output)):
+            layer.weight.copy_(tensor(ours.kernel).T)
+            layer.bias.copy_(tensor(ours.bias))
+        norms = (other.norm1, block.before_attention), (other.norm2, block.before_perceptron)
+        for norm, ours in norms:
+            norm.weight.copy_(tensor(ours.scale))
+            norm.bias.copy_(tensor(ours.bias))
+        x = jax.random.normal(next(keys), (3, 5, 6))
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(5)
+        expected = other(torch.tensor(np.asarray(x)), src_mask=mask, is_causal=True)
+    np.testing.assert_allclose(block(x), expected, rtol=1e-4, atol=1e-4)
+
+
+CODES = jax.random.randint(jax.random.key(4), (2, 8), 0, 7)
+
+
+def small_transformer():
+    return transformer.Transformer(7, 8, 12, 3, 2, rngs=nnx.Rngs(0))
+
+
+def test_the_transformer_sees_no_later_character():
+    model = small_transformer()
+    state = model.initial_state(2)
+    logits, _ = model(CODES, state)
+    assert logits.shape == (2, 8, 7)
+    for time in range(8):
+        other, _ = model(CODES.at[:, time].set((CODES[:, time] + 1) % 7), state)
+        changed = np.any(np.asarray(other != logits), axis=(0, 2))
+        np.testing.assert_array_equal(changed, np.arange(8) >= time)
+
+
+def test_the_transformer_continues_a_text():
+    """Its state is the last window: one more character is the end of the shifted window."""
+    model = small_transformer()
+    _, state = model(CODES, model.initial_state(2))
+    more = jnp.array([[3], [5]])
+    logits, after = model(more, state)
+    shifted = jnp.concatenate([CODES[:, 1:], more], axis=1)
+    np.testing.assert_array_equal(after, shifted)
+    whole, _ = model(shifted, model.initial_state(2))
+    np.testing.assert_allclose(logits, whole[:, -1:], rtol=1e-5, atol=1e-6)
 
 
 IMAGES = jax.random.randint(jax.random.key(3), (64, 6, 5, 1), 1, 255).astype(jnp.uint8)

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import Counter
+from itertools import pairwise
 
 import chex
 import jax
@@ -46,6 +48,23 @@ def test_learns_digits_and_leaves_its_files(tmp_path):
     assert 100 * matrix.trace() / 360 == pytest.approx(history[-1]["test_accuracy"])
     (events,) = tmp_path.glob("events*")
     assert events.stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_transformer_looks_further_back_than_one_character(tmp_path):
+    """On words in random order it is better than the best prediction from the last character."""
+    words = ["the", "there", "these", "other", "others", "where", "three", "though"]
+    text = " ".join(np.random.default_rng(0).choice(words, 4000))
+    (tmp_path / "text").write_text(text)
+    chosen = config("transformer", num_epochs=6, text_file=str(tmp_path / "text"))
+    chosen.model.update(length=24, width=32, blocks=2)
+    chosen.learning_rate = 0.01
+    history = train.train_and_evaluate(chosen, tmp_path / "run")
+    pairs, singles = Counter(pairwise(text)), Counter(text[:-1])
+    conditional = -sum(n * np.log(n / singles[a]) for (a, _), n in pairs.items()) / len(text)
+    assert history[-1]["test_loss"] < 0.7 * conditional
+    drawn = (tmp_path / "run" / "sample.txt").read_text()[30:].split()[1:-1]
+    assert np.mean([word in words for word in drawn]) > 0.8
 
 
 SHRUNK = {
@@ -163,13 +182,14 @@ def test_epochs_see_every_sample_once_in_another_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "rnn"])
+@pytest.mark.parametrize("name", ["mlp", "rnn", "transformer"])
 def test_accumulated_micro_batches_are_the_large_batch(tmp_path, name):
     small = dict(num_epochs=1, keep_best=False, batch_size=64)
-    if name == "rnn":
+    if name != "mlp":
         (tmp_path / "text").write_text("to be, or not to be: that is the question. " * 120)
         text = str(tmp_path / "text")
-        small |= dict(model={"length": 16, "hidden": 16}, text_file=text, eval_batch_size=16)
+        model = dict(length=16, hidden=16) if name == "rnn" else dict(length=16, width=16)
+        small |= dict(model=model, text_file=text, eval_batch_size=16)
     whole = train.train_and_evaluate(config(name, **small), tmp_path / "whole")
     parts = train.train_and_evaluate(config(name, accumulate=8, **small), tmp_path / "parts")
     for key in whole[-1]:
@@ -415,6 +435,14 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path):
         (
             {"dataset": "diabetes"},
             r"classification needs .*=diabetes has rows of numbers with targets",
+        ),
+        (
+            {"task": "language", "dataset": "text"},
+            r"model\.name='mlp' cannot do text: use gru or transformer",
+        ),
+        (
+            {"model": {"name": "transformer", "width": 30}},
+            r"model\.width must be a multiple of config\.model\.heads=4, got 30",
         ),
         ({"task": "language"}, r"language needs text, config\.dataset=digits has images"),
         ({"task": "regression"}, r"regression needs rows of numbers with targets"),

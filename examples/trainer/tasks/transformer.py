@@ -31,7 +31,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, codes: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         seen = jnp.concatenate([state, codes], axis=1)[:, -self.length :]
-        x = self.embed(seen) + self.positions(jnp.arange(self.length))
+        x = self.embed(seen) + self.positions(jnp.arange(self.length)[None])
         for block in self.blocks:
             x = block(x)
         return self.logits(self.norm(x[:, -codes.shape[1] :])), seen
@@ -45,9 +45,10 @@ class Block(nnx.Module):
         # What 2 * blocks layers add to each other then has the size of what one would add.
         last = nnx.initializers.variance_scaling(0.5 / blocks, "fan_in", "truncated_normal")
         self.before_attention = nnx.LayerNorm(width, rngs=rngs)
-        self.queries = nnx.Linear(width, width, rngs=rngs)
-        self.keys = nnx.Linear(width, width, rngs=rngs)
-        self.values = nnx.Linear(width, width, rngs=rngs)
+        # Without biases: that of the keys would add the same to all scores, which has no effect.
+        self.queries = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.keys = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.values = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         self.mixed = nnx.Linear(width, width, kernel_init=last, rngs=rngs)
         self.before_perceptron = nnx.LayerNorm(width, rngs=rngs)
         self.hidden = nnx.Linear(width, 4 * width, rngs=rngs)
