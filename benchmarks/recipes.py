@@ -37,6 +37,7 @@ RECIPES = {
     "cnn, plain": Recipe(f"--config=configs/cnn.py {_PLAIN} --config.num_epochs=8"),
     "resnet": Recipe("--config=configs/resnet.py"),
     "rnn": Recipe("--config=configs/rnn.py"),
+    "transformer": Recipe("--config=configs/transformer.py"),
     "gan": Recipe("--config=configs/gan.py"),
     "regression": Recipe("--config=configs/regression.py"),
 }

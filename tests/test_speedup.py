@@ -1,9 +1,13 @@
 """The pieces of benchmarks/speedup: search, resuming, divergence, data, targets; and all tables."""
 
+import inspect
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import tables
@@ -13,6 +17,7 @@ from benchmarks.speedup import cells, curves, lattice, optimizers, quadratics, r
 from benchmarks.speedup.lattice import Lattice
 from benchmarks.speedup.training import Run, Trainer, evaluations
 
+HAS_SIZE = "consistent_rms" in inspect.signature(optax.contrib.muon).parameters
 LADDER = (0.0, 0.5, 0.8, 0.9, 0.95)
 
 
@@ -99,6 +104,46 @@ def test_runs_are_the_same_in_one_program_and_step_by_step():
     assert [cells._failed(task, result) for result in other] == [False, False, True]
     assert cells._failed(task, one[0]._replace(loss=math.nan))
     assert len(one[0].losses) == len(evaluations(task.setting.steps))
+
+
+@pytest.mark.parametrize("name", optimizers.NEWER)
+def test_newer_optimizers_find_a_minimum(name):
+    if "muon" in name and not HAS_SIZE:
+        pytest.skip("this version of optax cannot give Muon's updates the size of Adam's")
+    optimizer, setting = optimizers.NEWER[name], optimizers.Setting(80, decays=True)
+    start = {"embed": jnp.ones((5, 4)), "blocks": [{"kernel": jnp.ones((4, 4))}]}
+    loss = lambda params: optax.tree.norm(params, squared=True)
+
+    @jax.jit
+    def run(hyper):
+        tx = optimizers.transformation(optimizer, setting, hyper)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params, state = jax.lax.scan(step, (start, tx.init(start)), length=setting.steps)[0]
+        return loss(optimizer.evaluate(params, state))
+
+    found = run({"rate": jnp.array(0.2), optimizer.second: jnp.array(0.5)})
+    assert found < 0.1 * loss(start)
+
+
+def test_muon_has_the_matrices_of_the_blocks():
+    params, _ = tasks.TASKS["transformer"](True).start(0)
+    chosen = optimizers._hidden_matrices(params)
+    is_leaf = lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers)
+    paths = [path for path, _ in jax.tree.leaves_with_path(chosen, is_leaf=is_leaf)]
+    assert len(paths) == 2 * 6
+    assert {path[2].key for path in paths} == {
+        "queries", "keys", "values", "mixed", "hidden", "output"
+    }  # fmt: skip
+
+
+def test_only_the_transformer_has_the_newer_optimizers():
+    names = {name: set(cells.contestants(name, quick=True)) for name in ("gru", "transformer")}
+    assert names["transformer"] - names["gru"] == set(optimizers.NEWER)
 
 
 def test_images_of_curves():
