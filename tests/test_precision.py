@@ -418,6 +418,11 @@ def test_float64_parameters(make):
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
 
+def test_a_storage_that_was_not_called_is_refused():
+    with pytest.raises(ValueError, match=r"call it, as in int8_blocks\(\)"):
+        nag_jax.nag(0.1, accumulator_dtype=nag_jax.int8_blocks)
+
+
 def test_values_that_are_not_finite_are_seen():
     for bad, make in itertools.product((jnp.nan, jnp.inf), STORAGES.values()):
         optimizer = nag_jax.nag(0.1, accumulator_dtype=make())

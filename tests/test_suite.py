@@ -1,4 +1,4 @@
-"""backtracking beside NAG with a restart and known L: what benchmarks/stepsizes.py measured."""
+"""backtracking compared with NAG with a restart and known L: what benchmarks/stepsizes.py measured."""
 
 import json
 
