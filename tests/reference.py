@@ -366,7 +366,7 @@ def fista_backtracking(
     """Scheinberg, Goldfarb, Bai 2014: a failed test shortens the step and moves the query point.
 
     A shorter step from the same query point does not count as a retry. It is taken where there is
-    no momentum, and as long as lr t^2 does not decrease. Where there is no momentum the step is also
+    no momentum, and as long as lr t^2 does not decrease. Without momentum the step is also
     lengthened, as far as the test allows. The growth is grow[0] until the first retry.
     Returns (query point, iterate, learning rate tried next, certificate, event) after each
     gradient; the certificate is 1/(2 lr t^2), None where there was no step.
