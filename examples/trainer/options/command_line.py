@@ -17,8 +17,10 @@ from examples.trainer.options.fields import differing, flatten
 
 _SHIPPED = Path(__file__).parents[3] / "configs"
 # Listed by name, because users may add their own files to that folder.
-_RECIPES = "default", "cnn", "diloco", "gan", "linear", "mlp", "regression", "resnet", "rnn"
-_RECIPES += ("transformer",)
+_RECIPES = (
+    "default", "cnn", "diloco", "gan", "linear", "mlp", "regression", "resnet", "rnn",
+    "transformer",
+)  # fmt: skip
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
