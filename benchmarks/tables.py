@@ -209,6 +209,7 @@ def sections() -> Iterator[tuple[str, str, Path]]:
         "speedup comparison": claims.comparison(found),
         "speedup failures": report.failure_table(found),
         "speedup momenta": report.momenta_table(found["autoencoder"]),
+        "speedup transformer": report.transformer_table(found["transformer"]),
         "speedup accuracies": report.accuracies(found),
     }.items():
         yield name, text, DOCS / "does_it_help.md"

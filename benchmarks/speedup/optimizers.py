@@ -129,13 +129,6 @@ def _looking_ahead(title: str, base: Any) -> Optimizer:
     )  # fmt: skip
 
 
-def _averaging(title: str, make: Any, first: tuple[int, int]) -> Optimizer:
-    return Optimizer(
-        title, make, 0.004, "momentum", MOMENTA[1:], first,
-        evaluate=nag_jax.eval_params, adaptive=True,
-    )  # fmt: skip
-
-
 def _exact(title: str, make: Any, middle: float | None) -> Optimizer:
     return Optimizer(title, make, middle, evaluate=nag_jax.eval_params, exact=True)
 
@@ -173,22 +166,24 @@ NEWER = {
     "muon_nesterov": _with_momentum("Muon, Nesterov", _muon(nesterov=True), 0.004, adaptive=True),
     "ema_muon": _looking_ahead("EMA-Nesterov(Muon)", _muon(nesterov=True)),
     "ema_adamw": _looking_ahead("EMA-Nesterov(AdamW)", _adamw),
-    "snoo": _averaging(
-        "SNOO(AdamW)", lambda s, h: nag_jax.snoo(_adamw(s, h), momentum=h["momentum"]), (0, 2)
+    "snoo": Optimizer(
+        "SNOO(AdamW)",
+        lambda s, h: nag_jax.snoo(_adamw(s, h), momentum=h["momentum"]),
+        0.004, "momentum", MOMENTA, (1, 3), evaluate=nag_jax.eval_params, adaptive=True,
     ),
-    "gpa": _averaging(
+    "gpa": _with_momentum(
         "GPA(AdamW)",
         lambda s, h: optax.chain(_adamw(s, h), nag_jax.accelerate(rules.gpa(h["momentum"]))),
-        (2, 4),
+        0.004, evaluate=nag_jax.eval_params, adaptive=True,
     ),
-    "schedule_free": _averaging(
+    "schedule_free": Optimizer(
         "Schedule-Free AdamW",
         lambda s, h: optax.contrib.schedule_free_adamw(
             h["rate"], round(WARMUP * s.steps), b1=h["momentum"]
         ),
-        (2, 4),
+        0.004, "momentum", MOMENTA[1:], (2, 4), evaluate=nag_jax.eval_params, adaptive=True,
     ),
-}
+}  # fmt: skip
 
 
 def transformation(

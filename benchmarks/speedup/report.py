@@ -44,9 +44,9 @@ class Steps(NamedTuple):
         return f"{self.mean:.0f}" if low == high else f"{self.mean:.0f} ({low} to {high})"
 
 
-def to_loss(result: dict[str, Any], key: str, share: float = SHARE) -> Steps:
-    """Steps until ``share`` of the decrease of tuned SGD's training loss is done."""
-    targets = [(1 - share) * c[0] + share * c[-1] for c in result["rows"]["sgd"]["curves"]]
+def to_loss(result: dict[str, Any], key: str, share: float = SHARE, base: str = "sgd") -> Steps:
+    """Steps until ``share`` of the decrease of the training loss of tuned ``base`` is done."""
+    targets = [(1 - share) * c[0] + share * c[-1] for c in result["rows"][base]["curves"]]
     return _first(result["points"], result["rows"][key]["curves"], targets, np.less_equal)
 
 
@@ -227,6 +227,19 @@ def momenta_table(result: dict[str, Any]) -> str:
         cells_of_row = [show(f"{key}@{momentum}") for momentum in momenta]
         body.append([OPTIMIZERS[key].title, "", *cells_of_row])
     return markdown(["largest momentum", "0", *momenta], body)
+
+
+def transformer_table(result: dict[str, Any]) -> str:
+    """Losses, the rate and the second hyperparameter, and steps to what tuned AdamW reaches."""
+    body = [
+        [
+            row["title"], chosen(row), spread(row["loss"]), spread(row["test"]),
+            to_loss(result, key, 1.0, base="adamw"),
+        ]
+        for key, row in result["rows"].items()
+    ]  # fmt: skip
+    head = ["optimizer", "tuned", "training loss", "test loss", "steps to AdamW's training loss"]
+    return markdown(head, body, 2)
 
 
 def verdict(results: dict[str, Any]) -> str:
