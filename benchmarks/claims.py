@@ -263,6 +263,8 @@ def front() -> dict[str, bool]:
     return {
         phrase: speedup()[phrase],
         "but not always fewer than tuned heavy ball or Adam": all(beaten),
+        "On a small transformer Nesterov's momentum helps inside SGD and inside Adam, but not "
+        "inside a tuned Muon": speedup()[claims.INSIDE] and speedup()[claims.INSIDE_MUON],
     }
 
 
@@ -278,6 +280,8 @@ def beside_others() -> dict[str, bool]:
     ratios, gains = ([row[key] for row in averaged] for key in ("ratio", "difference"))
     gained = f"{min(gains):+.2f} to {max(gains):+.2f}"
     times = lambda key: span(found.in_training(key).values(), 2)
+    rows = found.trained["transformer"]["rows"]
+    test = lambda key: f"{np.mean(rows[key]['test']):.3f}"
     losses = " and ".join(", ".join(f"{of[h]:.3f}" for h in (1, 8, 32, 128)).rsplit(", ", 1))
     return {
         f"tuned SGD needs {times('sgd')} times the steps of tuned NAG": True,
@@ -287,6 +291,13 @@ def beside_others() -> dict[str, bool]:
         f"test loss {alone:.3f} of synchronous NAG, {losses} of DiLoCo": True,
         "an outer momentum of 0.9, as in the paper, was worse than 0.5": min(larger) > of[128],
         f"{span(ratios, 2)} times the steps, accuracy {gained} points": True,
+        f"test loss {test('nadam')} of Nadam, {test('adam')} of Adam": True,
+        f"test loss {test('snoo')} of SNOO(AdamW), {test('adamw')} of AdamW": True,
+        f"test loss {test('gpa')} of GPA(AdamW), {test('adamw')} of AdamW": True,
+        f"test loss {test('ema_adamw')} around AdamW, {test('adamw')} of AdamW alone, "
+        f"{test('ema_muon')} around Muon, {test('muon_nesterov')} of Muon alone": True,
+        f"test loss {test('schedule_free')} of Schedule-Free AdamW, {test('adamw')} of AdamW": True,
+        f"test loss {test('muon_nesterov')} with and {test('muon')} without": True,
     }
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speedup
 
-takes less than an hour on two cores. Each finished (task, optimizer) is a row of
+takes about an hour and a half on two cores. Each finished (task, optimizer) is a row of
 results/speedup/TASK.json; existing rows are not run again, so an interrupted run
 continues.
 Then it writes the tables of the READMEs and the plots; ``--report`` only does that. ``--quick``

@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.speedup import cells, report
+from benchmarks.speedup.optimizers import NEWER, OPTIMIZERS
 
 COLORS = {
     "sgd": "tab:gray", "heavy_ball": "tab:orange", "nag": "tab:cyan", "nag_sutskever": "tab:blue",
     "adam": "tab:red", "adamw": "tab:pink", "nadam": "tab:brown", "nag_auto": "tab:green",
-    "fista": "tab:olive", "fista_restart": "tab:purple", "backtracking": "black",
+    "muon_nesterov": "navy", "fista": "tab:olive", "fista_restart": "tab:purple",
+    "backtracking": "black",
 }  # fmt: skip
 BOTH = {"nag_sutskever": "NAG, both conventions"}  # the same while all is constant
 FLOOR = 1e-5  # of the start: float32 sees no smaller differences of losses
@@ -52,7 +54,7 @@ def kappas(results: dict[str, dict[str, Any]]) -> Figure:
         mean = np.array([np.nan if s.mean is None else s.mean for s in steps])
         each = np.array([s.each for s in steps], float)
         bars = [mean - each.min(1), each.max(1) - mean]
-        label = BOTH.get(key, cells.OPTIMIZERS[key].title)
+        label = BOTH.get(key, OPTIMIZERS[key].title)
         axes.errorbar(x, mean, bars, label=label, color=COLORS[key], marker="o", ms=3, lw=1.2)
     # Above and below what was measured, with the text on the free side.
     for key, power, factor, text in (("sgd", 1.0, 1.6, "κ"), ("nag_sutskever", 0.5, 0.35, "√κ")):
@@ -107,7 +109,7 @@ def _curves(axes: Axes, result: dict[str, Any]) -> None:
         curves = result["rows"][best]["curves"]
         filled = np.array([[np.nan if v is None else v - low for v in c[1:]] for c in curves])
         filled = np.maximum(filled, FLOOR * start)
-        label = cells.OPTIMIZERS[key].title
+        label = (OPTIMIZERS | NEWER)[key].title
         axes.plot(points, filled.mean(0), color=COLORS[key], label=label, lw=1)
         axes.fill_between(points, filled.min(0), filled.max(0), color=COLORS[key], alpha=0.15, lw=0)
         least = min(least, np.nanmin(filled))
