@@ -201,9 +201,16 @@ def _of_the_transformer(rows: report.Rows) -> dict[str, bool]:
         INSIDE_MUON: abs(np.diff(muons).item()) < np.std(rows["muon"]["loss"], ddof=1),
         "Both are far ahead of everything without Muon": max(muons) + 0.1 < min(others),
         "no better than tuned SGD": end[AUTO] >= end["sgd"],
-        "A step of Muon takes 1.4 times as long as one of Adam": 1.35
-        < rows["muon"]["milliseconds"] / rows["adam"]["milliseconds"]
-        < 1.45,
+        "A step of Muon takes 1.3 times as long as one of Adam": round(
+            rows["muon"]["milliseconds"] / rows["adam"]["milliseconds"], 1
+        )
+        == 1.3,
+        "neither these nor GPA have a lower loss than AdamW alone": min(
+            end[key] for key in ("snoo", "ema_adamw", "gpa")
+        )
+        > end["adamw"],
+        "Schedule-Free AdamW has the lowest loss of the methods without Muon": end["schedule_free"]
+        == min(others),
         "SNOO is best without outer momentum, EMA-Nesterov with one of the two smallest "
         "look-aheads": rows["snoo"]["best"]["second"] == 0
         and max(rows[key]["best"]["second"] for key in ("ema_adamw", "ema_muon")) <= LOOKAHEADS[1],
