@@ -198,7 +198,7 @@ class Devices:
             return gradients.of_pieces(loss, params, model_state, key, micro, extra, gradient)
 
         whole, rows = PartitionSpec(), PartitionSpec(self.axis)
-        parts = whole if shardings is None else jax.tree.map(self._own, shardings)
+        parts = whole if shardings is None else jax.tree.map(self._scattered, shardings)
         scattered = {
             i: list(part).index(self.axis)
             for i, part in enumerate(jax.tree.leaves(parts))
@@ -231,12 +231,15 @@ class Devices:
         )
         return mapped(params, model_state, key, main, extra)
 
-    def _own(self, sharding: NamedSharding) -> PartitionSpec:
-        """The dimension that the axis alone splits, if there is one.
-
-        Where other axes split the same dimension, a reduce-scatter would make another part.
-        """
+    def _scattered(self, sharding: NamedSharding) -> PartitionSpec:
+        """How a reduce-scatter over the axis leaves an array that is wanted in this sharding."""
         names = [axes_of(entry) for entry in sharding.spec]
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        others = {name for dim in names for name in dim} - {self.axis}
+        # JAX cannot lower psum_scatter of arrays that are split over Explicit axes (0.7 to 0.12).
+        if any(kinds[name] == AxisType.Explicit for name in others):
+            return PartitionSpec()
+        # Of a dimension that other axes split too, it would make another part.
         return spec_of([dim if dim == (self.axis,) else () for dim in names])
 
     def _split_rows(self, batch: PyTree) -> PyTree:
