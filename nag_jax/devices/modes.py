@@ -208,7 +208,7 @@ class Devices:
         def local(
             params: Params, model_state: PyTree, key: jax.Array | None, main: PyTree, extra: PyTree
         ) -> gradients.Mean:
-            micro = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), main)
+            micro = jax.tree.map(self._micro_batches, main)
             mapped = gradients.Mapped(self.axis, self.count, scattered)
             return gradients.of_pieces(
                 loss, params, model_state, key, micro, extra, gradient, mapped
@@ -252,9 +252,15 @@ class Devices:
     def _interleaved(self, batch: PyTree) -> PyTree:
         """Micro-batches along a new first axis, each with rows of every device."""
         sharding = NamedSharding(self.mesh, PartitionSpec(None, self.axis))
-        # Neighbouring rows, which are on one device, go to different micro-batches: nothing moves.
-        cut = lambda x: x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
-        return jax.tree.map(lambda x: place(cut(x), sharding), batch)
+        return jax.tree.map(lambda x: place(self._micro_batches(x), sharding), batch)
+
+    def _micro_batches(self, x: jax.Array) -> jax.Array:
+        """Every ``accumulate``-th row, along a new first axis.
+
+        Neighbouring rows go to different micro-batches. So each has the same rows on any number of
+        devices, and nothing moves between them.
+        """
+        return x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
 
 
 class Pmapped(NamedTuple):
