@@ -190,11 +190,7 @@ def _over_devices(total: _Sums, model_state: PyTree, mapped: Mapped | None) -> t
     ]
     if mapped is not None:
         slopes, like = jax.tree.flatten(total.gradient)
-        parts = {
-            i: jax.lax.psum_scatter(slope, mapped.axis, scatter_dimension=dimension, tiled=True)
-            for i, slope in enumerate(slopes)
-            if (dimension := mapped.scattered.get(i)) is not None
-        }
+        parts = {i: _part(slopes[i], d, mapped.axis) for i, d in mapped.scattered.items() if slopes}
         whole = {i: slope for i, slope in enumerate(slopes) if i not in parts}
         # One psum, so that there is one all-reduce.
         others = total._replace(gradient=whole), moving
@@ -204,6 +200,14 @@ def _over_devices(total: _Sums, model_state: PyTree, mapped: Mapped | None) -> t
     means = iter([x / real_like(total.weight, x) for x in moving])
     leaves = [next(means).astype(x.dtype) if is_mean(x) else x for x in leaves]
     return total, structure.unflatten(leaves)
+
+
+def _part(x: jax.Array, dimension: int, axis: str) -> jax.Array:
+    """This device's part along a dimension of the sum over the axis."""
+    # Along the first dimension: where parts of the last one are narrower than a tile of a TPU, XLA
+    # makes an all-reduce of it.
+    first = jnp.moveaxis(x, dimension, 0)
+    return jnp.moveaxis(jax.lax.psum_scatter(first, axis, tiled=True), 0, dimension)
 
 
 def _count(micro: PyTree) -> int:

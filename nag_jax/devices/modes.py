@@ -233,13 +233,13 @@ class Devices:
 
     def _scattered(self, sharding: NamedSharding) -> PartitionSpec:
         """How a reduce-scatter over the axis leaves an array that is wanted in this sharding."""
-        names = [axes_of(entry) for entry in sharding.spec]
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-        others = {name for dim in names for name in dim} - {self.axis}
-        # JAX cannot lower psum_scatter of arrays that are split over Explicit axes (0.7 to 0.12).
-        if any(kinds[name] == AxisType.Explicit for name in others):
+        del kinds[self.axis]
+        # JAX (0.7 to 0.12) cannot lower psum_scatter beside other Explicit axes.
+        if AxisType.Explicit in kinds.values():
             return PartitionSpec()
         # Of a dimension that other axes split too, it would make another part.
+        names = [axes_of(entry) for entry in sharding.spec]
         return spec_of([dim if dim == (self.axis,) else () for dim in names])
 
     def _split_rows(self, batch: PyTree) -> PyTree:
