@@ -84,8 +84,9 @@ def test_an_all_reduce_is_one_unless_it_is_fused_with_the_slices_of_all_it_reduc
 def test_a_collective_that_overlaps_several_fusions_counts_once():
     chain = 'replica_groups={}, frontend_attributes={chain_id="3"}'
     again = PROGRAM.replace("replica_groups={}", chain).replace(
-        "  ROOT %c = ", "  %again = f32[128,8]{1,0} fusion(%a), kind=kCustom, calls=%scatter\n  ROOT %c = "
-    )  # fmt: skip
+        "  ROOT %c",
+        "  %again = f32[128,8]{1,0} fusion(%a), kind=kCustom, calls=%scatter\n  ROOT %c",
+    )
     assert collectives.sent(again) == collectives.sent(PROGRAM)
     other = again.replace("calls=%scatter\n  ROOT", "calls=%other\n  ROOT").replace(
         "%body (t", again[again.index("%scatter (") : again.index("%body (t")]

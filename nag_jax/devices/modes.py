@@ -233,14 +233,14 @@ class Devices:
 
     def _scattered(self, sharding: NamedSharding) -> PartitionSpec:
         """How a reduce-scatter over the axis leaves an array that is wanted in this sharding."""
+        names = [axes_of(entry) for entry in sharding.spec]
+        # XLA would first gather an array that other axes split too, and JAX (0.7 to 0.12) cannot
+        # lower psum_scatter beside other Explicit axes.
+        alone = all(dim in ((), (self.axis,)) for dim in names)
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         del kinds[self.axis]
-        # JAX (0.7 to 0.12) cannot lower psum_scatter beside other Explicit axes.
-        if AxisType.Explicit in kinds.values():
-            return PartitionSpec()
-        # Of a dimension that other axes split too, it would make another part.
-        names = [axes_of(entry) for entry in sharding.spec]
-        return spec_of([dim if dim == (self.axis,) else () for dim in names])
+        scattered = alone and AxisType.Explicit not in kinds.values()
+        return spec_of(names) if scattered else PartitionSpec()
 
     def _split_rows(self, batch: PyTree) -> PyTree:
         """A traced batch split over the devices by rows."""
