@@ -135,7 +135,7 @@ def train_step(
       parameters are conjugated, as descent requires.
 
     Raises:
-      ValueError: for an unknown mode, nonfinite or aux, accumulate below 1, a mesh without that axis
+      ValueError: for an unknown mode, nonfinite or aux, accumulate below 1, a mesh without the axis
         or an optimizer that is not a gradient transformation; from the step, for arrays with
         different numbers of rows, and for parameters or state that are split in a way that the mode
         does not allow.
