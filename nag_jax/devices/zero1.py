@@ -141,7 +141,9 @@ def zero1(
 
     With N devices along the axis, each keeps 1/N of every large buffer, takes that part of the
     gradient, computes that part of the update, and gathers the other parts of the update. The
-    numbers are those of ``optimizer``. Parameters are not moved. They may be split over other axes
+    numbers are those of ``optimizer``. In ``train_step`` that is a reduce-scatter of the gradient
+    and an all-gather of the update, as many bytes as the all-reduce of plain data parallelism, also
+    with ``accumulate``. Parameters are not moved. They may be split over other axes
     of the mesh (tensor parallelism); each device then keeps 1/N of the state of its part. The state
     of a parameter that is already split over this axis (FSDP) is split in the same way as the
     parameter.
@@ -149,11 +151,11 @@ def zero1(
     A leaf is split along the first dimension that N divides, after the split over other axes.
     Dimensions that are not split yet take precedence. A leaf without such a dimension is not split.
 
-    A quantity that depends on the whole gradient, such as its norm for clipping, needs an
-    all-reduce of a few numbers. ``train_step`` with mode "jit" makes two of these, for the norm in
-    its metrics and for the check that all numbers are finite. With mode "shard_map" it makes none,
-    but XLA cannot turn the all-reduce of the gradient into a reduce-scatter there, which would move
-    half the bytes.
+    A quantity that depends on the whole gradient needs an all-reduce of a few numbers. There are
+    two in ``train_step``, for the norm in its metrics and for the check that all numbers are
+    finite, and another one if ``optimizer`` clips. The all-reduce is not avoided, which makes 1.5
+    times the bytes, for gradients of parameters that other axes split in mode "shard_map" or with
+    ``accumulate``, and may not be under Explicit axes, nor on CPU in mode "jit" without it.
 
     Wrap a whole optimizer, including clipping, and call it outside of ``shard_map`` and ``pmap``:
     in ``jax.jit``, in a scan, or in ``train_step`` with mode "jit" or "shard_map". Under Auto axes,
