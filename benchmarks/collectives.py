@@ -259,7 +259,10 @@ def _of_axes(sizes: str, ids: str | None, axes: str) -> Groups:
     if ids is None:
         devices = np.arange(math.prod(lengths))
     else:
-        devices = _iota(ids) if "<=" in ids else np.array([int(n) for n in re.findall(r"\d+", ids)])
+        # Transposed as in [4,2]T(1,0), or a list.
+        numbers = re.sub(r"^(\[[\d,]+\])T", r"[-1]<=\1T", ids)
+        listed = lambda: np.array([int(n) for n in re.findall(r"\d+", ids)])
+        devices = _iota(numbers) if "<=" in numbers else listed()
     devices = devices.reshape(lengths)
     found = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes) if axes else []
     # Each axis becomes three: before, inside and after its part that is in the group.
