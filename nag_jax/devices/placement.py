@@ -1,5 +1,7 @@
 """Where arrays lie on a mesh, and moving them there, under Auto and Explicit axes."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from nag_jax._types import ArrayLike, Leaf
 
 
-def place(x: ArrayLike, sharding: NamedSharding) -> jax.Array:
-    """``x`` with this sharding, inside and outside of jit, for Auto and Explicit axes."""
+def place(x: Leaf, sharding: NamedSharding) -> jax.Array:
+    """``x`` with this sharding, inside and outside of jit, for Auto and Explicit axes.
+
+    A ``jax.ShapeDtypeStruct`` is given the sharding.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return cast(jax.Array, x.update(sharding=sharding))
     if not isinstance(x, Tracer):
         return jax.device_put(x, sharding)
     placed: jax.Array = x
