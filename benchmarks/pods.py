@@ -1,0 +1,256 @@
+"""Memory and traffic of training a language model on pods, from programs compiled for them.
+
+    pip install -e '.[chips]' && python -m benchmarks.pods [--only "v5e-64, 7 B"] [--print]
+
+A decoder-only transformer is compiled with a :mod:`nag_jax` optimizer for GPUs and TPUs that are
+not there; parameters are shapes, and nothing is allocated or run. The compiled program has the
+memory that a chip needs, the bytes that it sends by kind of collective, and which of these cross
+from one slice of a pod to another. Layers are one ``lax.scan`` and each is computed again in the
+backward pass; activations are bfloat16, parameters and momentum float32.
+"""
+
+import argparse
+import functools
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import chips  # before jax: sets the environment for the compilers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import nag_jax
+from benchmarks import collectives
+from benchmarks.machine import describe_machine
+from benchmarks.readme import markdown, source
+
+RESULTS = Path(__file__).parent / "results" / "pods.json"
+VOCABULARY, LENGTH, SEQUENCES = 25600, 2048, 2  # tokens in a sequence, sequences of a chip
+TENSOR, EVERY = 4, 500  # chips that share a layer in tensor parallelism; H of DiLoCo
+GB = 1e9
+
+
+class Model(NamedTuple):
+    """The shapes of GPT-3."""
+
+    layers: int
+    width: int
+    heads: int
+
+    def shapes(self) -> dict[str, Any]:
+        """The shape of each parameter, and the axes over which FSDP and tensor parallelism split
+        it."""
+        n, d = self.layers, self.width
+        return {
+            "tokens": ((VOCABULARY, d), P("model", "data")),
+            "head": ((d, VOCABULARY), P("data", "model")),
+            "positions": ((LENGTH, d), P(None, "data")),
+            "layers": {
+                "norms": ((n, 2, d), P()),
+                "qkv": ((n, 3, d, d), P(None, None, "data", "model")),
+                "out": ((n, d, d), P(None, "model", "data")),
+                "up": ((n, d, 4 * d), P(None, "data", "model")),
+                "down": ((n, 4 * d, d), P(None, "model", "data")),
+            },
+        }
+
+
+MODELS = {"125 M": Model(12, 768, 12), "1.3 B": Model(24, 2048, 16), "7 B": Model(32, 4096, 32)}
+
+
+class Pod(NamedTuple):
+    """Chips of one kind, in one slice or in several with a slow network between them."""
+
+    chip: str  # for benchmarks.chips
+    memory: float  # of a chip, in bytes
+    chips: int  # of a slice
+    topology: dict[str, Any]
+    slices: int = 1
+
+
+TWO = {"num_slices": 2, "chip_config_name": "default", "chips_per_host_bounds": (2, 2, 1)}
+PODS = {
+    "8 H100": Pod("h100", 80 * GB, 8, {}),
+    "v5e-64": Pod("v5e", 16 * GB, 64, {"topology_name": "v5e:8x8"}),
+    "v5p-64": Pod("v5e", 95 * GB, 64, {"topology_name": "v5:4x4x4"}),
+    "v5p-512": Pod("v5e", 95 * GB, 512, {"topology_name": "v5:8x8x8"}),
+    "2 x v5e-64": Pod("v5e", 16 * GB, 64, {"topology_name": "v5e:8x8", **TWO}, slices=2),
+}
+
+
+class Plan(NamedTuple):
+    """How a training step is divided over the chips."""
+
+    split: tuple[str, ...] = ()  # axes of the mesh over which parameters are split
+    tensor: int = 1  # chips along the axis "model"
+    zero1: bool = False
+    sync: bool | None = None  # of a step of DiLoCo, whose workers are the slices
+
+
+PLANS = {
+    "data parallel": Plan(),
+    "ZeRO-1": Plan(zero1=True),
+    "FSDP": Plan(("data",)),
+    "tensor + data parallel": Plan(("model",), tensor=TENSOR),
+    "DiLoCo, inner step": Plan(("data",), sync=False),
+    "DiLoCo, outer step": Plan(("data",), sync=True),
+}
+
+
+def loss_fn(
+    model: Model, split: Callable[[jax.Array], jax.Array], params: Any, batch: dict[str, jax.Array]
+) -> jax.Array:
+    """The mean cross-entropy of the next token; ``split`` places what a layer returns."""
+    half = lambda x: x.astype(jnp.bfloat16)
+
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        return half(wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)) * scale
+
+    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+        w = jax.tree.map(half, weights)
+        qkv = jnp.einsum("btd,cde->cbte", norm(x, w["norms"][0]), w["qkv"])
+        q, k, v = qkv.reshape(*qkv.shape[:3], model.heads, -1)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = split(x + y.reshape(x.shape) @ w["out"])
+        x = split(x + jax.nn.gelu(norm(x, w["norms"][1]) @ w["up"]) @ w["down"])
+        return x, None
+
+    x = half(params["tokens"])[batch["tokens"]] + half(params["positions"])
+    x, _ = jax.lax.scan(jax.checkpoint(layer), split(x), params["layers"])
+    logits = (x @ half(params["head"])).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+
+
+def lower(model: Model, pod: Pod, plan: Plan) -> jax.stages.Lowered:
+    """The step of a plan, for abstract parameters."""
+    shape = (pod.slices, pod.chips // plan.tensor, plan.tensor)
+    devices = np.array(chips.devices(pod.chip, **pod.topology)).reshape(shape)
+    mesh = Mesh(devices, ("slice", "data", "model"), axis_types=(AxisType.Auto,) * 3)
+    workers = () if plan.sync is None else ("slice",)
+
+    def split(x: jax.Array) -> jax.Array:
+        rows = ("data",) if workers else ("slice", "data")
+        spec = P(rows, "model" if plan.tensor > 1 else None)
+        return jax.lax.with_sharding_constraint(x, spec if workers else NamedSharding(mesh, spec))
+
+    def shaped(shape: tuple[int, ...], spec: P, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        spec = P(*workers, *(axis if axis in ("slice", *plan.split) else None for axis in spec))
+        shape = (*(pod.slices for _ in workers), *shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    is_leaf = lambda x: isinstance(x, tuple)
+    params = jax.tree.map(lambda leaf: shaped(*leaf), model.shapes(), is_leaf=is_leaf)
+    rows = SEQUENCES * (pod.chips if workers else pod.chips * pod.slices)
+    batch = dict.fromkeys(("tokens", "labels"), shaped((rows, LENGTH), P(), jnp.int32))
+    known = {p.shape: p.sharding for p in jax.tree.leaves(params)}
+    whole = NamedSharding(mesh, P(*workers))
+    as_params = lambda x: x.update(sharding=known.get(x.shape, whole))
+    loss, optimizer = functools.partial(loss_fn, model, split), nag_jax.nag(1e-2, 0.9)
+    if workers:
+        return lower_diloco(mesh, loss, optimizer, plan.sync, params, batch, as_params)
+    if plan.zero1:
+        optimizer = nag_jax.zero1(optimizer, mesh)
+    step = nag_jax.train_step(loss, optimizer, mesh=mesh)
+    state = jax.eval_shape(step.init, params)
+    if plan.zero1:
+        init = jax.jit(step.init).lower(params).compile(compiler_options=chips.options(pod.chip))
+        as_params = lambda x, sharding: x.update(sharding=sharding)
+        state = jax.tree.map(as_params, state, init.output_shardings)
+    else:
+        state = jax.tree.map(as_params, state)
+    return step.lower(params, state, batch)
+
+
+def lower_diloco(mesh, loss, optimizer, sync, params, batch, as_params) -> jax.stages.Lowered:
+    optimizer = nag_jax.diloco(optimizer, "slice", every=EVERY)
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        updates, state = optimizer.update(gradient, state, params, sync=sync)
+        return optax.apply_updates(params, updates), state, value
+
+    def of_worker(*trees: Any) -> Any:
+        out = step(*jax.tree.map(lambda x: x[0], trees))
+        return jax.tree.map(lambda x: x[None], out)
+
+    state = jax.tree.map(as_params, jax.eval_shape(jax.vmap(optimizer.init), params))
+    mapped = jax.shard_map(of_worker, mesh=mesh, in_specs=P("slice"), out_specs=P("slice"),
+        axis_names={"slice"}, check_vma=False)  # fmt: skip
+    kept = jax.tree.map(lambda x: x.sharding, (params, state))
+    out = (*kept, NamedSharding(mesh, P("slice")))
+    return jax.jit(mapped, donate_argnums=(0, 1), out_shardings=out).lower(params, state, batch)
+
+
+def parameters(model: Model) -> int:
+    shapes = jax.tree.leaves(model.shapes(), is_leaf=lambda x: isinstance(x, tuple))
+    return sum(int(np.prod(shape)) for shape, _ in shapes)
+
+
+class Formula(NamedTuple):
+    """Bytes that a chip sends for a step by ring algorithms."""
+
+    in_all: float
+    between_slices: float = 0.0
+
+
+def formula(model: Model, pod: Pod, name: str) -> Formula | None:
+    """What docs/many_devices.md says of a plan; None where it says nothing.
+
+    Gradients and gathered weights are bfloat16, updates and displacements float32.
+    """
+    p, n, k = parameters(model), pod.chips, pod.slices
+    ring = lambda size, chips: size * (chips - 1) / chips
+    fsdp = 3 * ring(2 * p, n)  # two gathers of the weights, one scatter of the gradients
+    crossing = lambda size: 2 * ring(size * p / n, k)
+    match name:
+        case "data parallel":
+            return Formula(2 * ring(2 * p, n * k))
+        case "ZeRO-1":
+            return Formula(ring(2 * p, n) + ring(4 * p, n))
+        case "FSDP":
+            return Formula(fsdp + crossing(2), crossing(2))
+        case "DiLoCo, inner step":
+            return Formula(fsdp)
+        case "DiLoCo, outer step":
+            return Formula(fsdp + crossing(4), crossing(4))
+    return None
+
+
+def measure(model: Model, pod: Pod, plan: Plan) -> dict[str, Any]:
+    """Memory in bytes and bytes sent by a chip, or why there is no program."""
+    if "data" in plan.split and model.width % pod.chips:
+        return {"reason": f"a width of {model.width} cannot be split over {pod.chips} chips"}
+    start = time.perf_counter()
+    try:
+        lowered = lower(model, pod, plan)
+        compiled = lowered.compile(compiler_options=chips.options(pod.chip))
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+            raise
+        return {"fits": False, "memory": float(found[1]) * 2**30, "error": found[0]}
+    used = compiled.memory_analysis()
+    outputs = used.output_size_in_bytes - used.alias_size_in_bytes
+    memory = used.argument_size_in_bytes + outputs + used.temp_size_in_bytes
+    found = collectives.collectives(compiled)
+    slices = np.repeat(np.arange(pod.slices), pod.chips)
+    crossing = [c for c in found if collectives.crossing(c.groups, slices)]
+    return {
+        "fits": memory <= pod.memory,
+        "memory": memory,
+        "arguments": used.argument_size_in_bytes,
+        "outputs": outputs,
+        "temporaries": used.temp_size_in_bytes,
+        "sent": collectives.sent(compiled),
+        "between_slices": sum(c.bytes for c in crossing),
+        "collectives_between_slices": len(crossing),
+        "seconds": round(time.perf_counter() - start),
+    }
