@@ -3,10 +3,11 @@
 A piece is some rows of the batch, and its loss is a mean over them. Loss and gradient of the pieces
 are summed with their weights, over the pieces of a device by a scan and over the devices by one
 all-reduce, and divided by the sum of the weights. The result is the mean over the whole batch,
-however it was divided.
+however it was divided. A gradient of which each device needs only a part is summed by a
+reduce-scatter instead, which sends half as much.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -63,6 +64,16 @@ class Mean(NamedTuple):
     model_state: PyTree
 
 
+class Mapped(NamedTuple):
+    """The devices of a mapped axis."""
+
+    axis: str
+    devices: int
+    # From the number of a leaf of the gradient to the dimension along which each device gets only
+    # its part.
+    scattered: Mapping[int, int]
+
+
 class _Sums(NamedTuple):
     """Sums over pieces; all but the first are weighted."""
 
@@ -101,17 +112,15 @@ def of_pieces(
     micro: PyTree,
     extra: PyTree,
     gradient: bool,
-    axis: str | None = None,
-    devices: int = 1,
+    mapped: Mapped | None = None,
 ) -> Mean:
     """The means over micro-batches, stacked along a new first axis, and rows ``extra``.
 
-    ``axis`` is the mapped axis of the devices. Each device has different micro-batches, and all
-    have the same ``extra``.
+    Each of the mapped devices has different micro-batches, and all have the same ``extra``.
     """
-    # Different random numbers on each device; without an axis the key is that of the whole batch.
-    if axis is not None and key is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    # Different random numbers on each device; without devices the key is that of the whole batch.
+    if mapped is not None and key is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(mapped.axis))
 
     def sums_of(
         model_state: PyTree, number: ArrayLike, piece: PyTree, share: float = 1.0
@@ -130,10 +139,11 @@ def of_pieces(
     total, model_state = _over_micro_batches(sums_of, model_state, micro)
     if jax.tree.leaves(extra):
         # All devices compute these rows, so that each contributes 1/devices of them.
-        new, model_state = sums_of(model_state, _count(micro), extra, 1.0 / devices)
+        share = 1.0 / (mapped.devices if mapped else 1)
+        new, model_state = sums_of(model_state, _count(micro), extra, share)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     assert total is not None  # a batch has rows
-    total, model_state = _over_devices(total, model_state, axis)
+    total, model_state = _over_devices(total, model_state, mapped)
     _, value, slope, aux = jax.tree.map(lambda x: x / real_like(total.weight, x), total)
     # In the dtypes of params, as jax.grad returns it.
     if gradient:
@@ -162,7 +172,7 @@ def _over_micro_batches(
     return jax.lax.scan(add, (zeros, model_state), numbered)[0]
 
 
-def _over_devices(total: _Sums, model_state: PyTree, axis: str | None) -> tuple[_Sums, PyTree]:
+def _over_devices(total: _Sums, model_state: PyTree, mapped: Mapped | None) -> tuple[_Sums, PyTree]:
     """The sums over devices, and the weighted mean of the model state over them."""
     # Leaves that are not floating-point, such as counts, are the same on all devices.
     is_mean = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
@@ -171,9 +181,19 @@ def _over_devices(total: _Sums, model_state: PyTree, axis: str | None) -> tuple[
     moving = [
         jnp.where(weight > 0, real_like(weight, x) * wide(x), 0) for x in leaves if is_mean(x)
     ]
-    # One psum, so that there is one all-reduce.
-    if axis is not None:
-        total, moving = jax.lax.psum((total, moving), axis)
+    if mapped is not None:
+        slopes, like = jax.tree.flatten(total.gradient)
+        parts = {
+            i: jax.lax.psum_scatter(slope, mapped.axis, scatter_dimension=dimension, tiled=True)
+            for i, slope in enumerate(slopes)
+            if (dimension := mapped.scattered.get(i)) is not None
+        }
+        whole = {i: slope for i, slope in enumerate(slopes) if i not in parts}
+        # One psum, so that there is one all-reduce.
+        others = total._replace(gradient=whole), moving
+        total, moving = jax.lax.psum(others, mapped.axis)
+        summed = total.gradient | parts
+        total = total._replace(gradient=like.unflatten([summed[i] for i in range(len(slopes))]))
     means = iter([x / real_like(total.weight, x) for x in moving])
     leaves = [next(means).astype(x.dtype) if is_mean(x) else x for x in leaves]
     return total, structure.unflatten(leaves)

@@ -14,7 +14,7 @@ from jax.stages import Lowered, Wrapped
 
 from nag_jax._types import ArrayLike, Mode, Params, PyTree, Tree
 from nag_jax.devices import gradients
-from nag_jax.devices.placement import place, spec_on
+from nag_jax.devices.placement import axes_of, place, spec_of, spec_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +197,12 @@ class Devices:
         main: PyTree,
         extra: PyTree,
         gradient: bool = True,
+        shardings: PyTree = None,
     ) -> gradients.Mean:
-        """The means over the whole batch; ``split`` is whether params are split along the axis."""
+        """The means over the whole batch; ``split`` is whether params are split along the axis.
+
+        ``shardings`` are those in which the gradient is wanted; None: any.
+        """
         if self._whole_batch:
             batch = self._split_rows(main)
             return gradients.of_whole(loss, params, model_state, key, batch, gradient)
@@ -207,12 +211,21 @@ class Devices:
             micro = self._interleaved(main)
             return gradients.of_pieces(loss, params, model_state, key, micro, extra, gradient)
 
+        whole, rows = PartitionSpec(), PartitionSpec(self.axis)
+        parts = whole if shardings is None else jax.tree.map(self._own, shardings)
+        scattered = {
+            i: list(part).index(self.axis)
+            for i, part in enumerate(jax.tree.leaves(parts))
+            if any(part)
+        }
+
         def local(
             params: Params, model_state: PyTree, key: jax.Array | None, main: PyTree, extra: PyTree
         ) -> gradients.Mean:
             micro = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), main)
+            mapped = gradients.Mapped(self.axis, self.count, scattered)
             return gradients.of_pieces(
-                loss, params, model_state, key, micro, extra, gradient, self.axis, self.count
+                loss, params, model_state, key, micro, extra, gradient, mapped
             )
 
         if self.mode == "pmap":
@@ -220,18 +233,25 @@ class Devices:
         # shard_map does not move arrays of Explicit axes to the shardings that it needs.
         main = jax.tree.map(lambda x: place(x, self.rows), main)
         extra = jax.tree.map(lambda x: place(x, self.whole), extra)
-        whole, rows = PartitionSpec(), PartitionSpec(self.axis)
         # Unchecked, the gradient is that of the device, whatever collectives the loss contains. If
         # checked, JAX itself would sum the gradient over devices, before the weights are applied.
         mapped = jax.shard_map(
             local,
             mesh=self.mesh,
             in_specs=(whole, whole, whole, rows, whole),
-            out_specs=whole,
+            out_specs=gradients.Mean._make((whole, parts, whole, whole)),
             axis_names={self.axis},
             check_vma=False,
         )
         return mapped(params, model_state, key, main, extra)
+
+    def _own(self, sharding: NamedSharding) -> PartitionSpec:
+        """The dimension that the axis alone splits, if there is one.
+
+        Where other axes split the same dimension, a reduce-scatter would make another part.
+        """
+        names = [axes_of(entry) for entry in sharding.spec]
+        return spec_of([dim if dim == (self.axis,) else () for dim in names])
 
     def _split_rows(self, batch: PyTree) -> PyTree:
         """A traced batch split over the devices by rows."""

@@ -28,7 +28,8 @@ from nag_jax._types import (
 )
 from nag_jax.devices import gradients
 from nag_jax.devices.modes import Devices, Pmapped
-from nag_jax.devices.placement import check_axis
+from nag_jax.devices.placement import check_axis, place
+from nag_jax.devices.zero1 import Zero1
 from nag_jax.evaluation import evaluated
 
 _LATE = 8  # steps that the host may run ahead before it reads whether one was finite
@@ -356,10 +357,15 @@ class TrainStep:
     ) -> tuple[Params, StepState, Metrics, jax.Array]:
         """The new params and state, the metrics, and the alarm, see ``_alarm``."""
         key = None if state.rng is None else jax.random.fold_in(state.rng, state.steps)
-        mean = lambda params, gradient: self._devices.mean(
-            self._loss, split, params, state.model_state, key, main, extra, gradient
+        mean = lambda params, gradient, shardings=None: self._devices.mean(
+            self._loss, split, params, state.model_state, key, main, extra, gradient, shardings
         )
-        loss, gradient, aux, model_state = mean(params, True)
+        shardings = None
+        if isinstance(self._optimizer, Zero1):
+            shardings = self._optimizer.gradient_shardings(params, state.opt_state)
+        loss, gradient, aux, model_state = mean(params, True, shardings)
+        if shardings is not None:
+            gradient = jax.tree.map(place, gradient, shardings)
         # Not by the norm, which is not finite either: where the gradient is split, XLA merges
         # adjacent sums over devices, and the sums of squares would separate them.
         finite = jnp.isfinite(loss) & jnp.all(

@@ -120,6 +120,16 @@ class _Split(NamedTuple):
         return jax.tree.map(put, arrays, self.shardings(arrays, layout, split))
 
 
+class Zero1(optax.GradientTransformationExtraArgs):
+    """The result of :func:`zero1`, which says how each gradient is to be split over the devices."""
+
+    _over: _Split
+
+    def gradient_shardings(self, params: Params, state: PyTree) -> PyTree:
+        """The shardings of the gradient that ``update`` needs; ``params`` give the shapes."""
+        return self._over.shardings(params, state.layout or Layout(()), split=True)
+
+
 def zero1(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -224,4 +234,6 @@ def zero1(
         # Placed again, since under Auto axes XLA might choose another sharding for the new state.
         return gather(updates), Zero1State(split(inner), state.layout)
 
-    return transformation(init, update)
+    result = Zero1(*transformation(init, update))
+    result._over = over
+    return result
