@@ -121,7 +121,7 @@ def _in_computation(program: Program, name: str, fused: bool = False) -> Iterato
         kind, rest = instruction.kind.removesuffix("-start"), instruction.rest
         crosses = kind == "send" and re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
         size = sum(size_of(computation[x].shape) for x in instruction.operands if x in computation)
-        if kind in KINDS:
+        if kind in KINDS and not re.search(r'"flag_start":"\d', rest):  # which is a later part
             groups = groups_of(rest, program.devices)
             if fused and kind == "all-reduce" and _keeps_a_part(instruction, computation, groups):
                 kind = "reduce-scatter"

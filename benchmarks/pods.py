@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from benchmarks import chips  # before jax: sets the environment for the compilers
 
@@ -49,15 +49,15 @@ class Model(NamedTuple):
         it."""
         n, d = self.layers, self.width
         return {
-            "tokens": ((VOCABULARY, d), P("model", "data")),
+            "tokens": ((VOCABULARY, d), P("data")),
+            "positions": ((LENGTH, d), P("data")),
             "head": ((d, VOCABULARY), P("data", "model")),
-            "positions": ((LENGTH, d), P(None, "data")),
             "layers": {
                 "norms": ((n, 2, d), P()),
                 "qkv": ((n, 3, d, d), P(None, None, "data", "model")),
-                "out": ((n, d, d), P(None, "model", "data")),
+                "out": ((n, d, d), P(None, ("data", "model"))),
                 "up": ((n, d, 4 * d), P(None, "data", "model")),
-                "down": ((n, 4 * d, d), P(None, "model", "data")),
+                "down": ((n, 4 * d, d), P(None, ("data", "model"))),
             },
         }
 
@@ -91,12 +91,14 @@ class Plan(NamedTuple):
     split: tuple[str, ...] = ()  # axes of the mesh over which parameters are split
     tensor: int = 1  # chips along the axis "model"
     zero1: bool = False
+    mode: Literal["jit", "shard_map"] = "jit"
     sync: bool | None = None  # of a step of DiLoCo, whose workers are the slices
 
 
 PLANS = {
     "data parallel": Plan(),
     "ZeRO-1": Plan(zero1=True),
+    "ZeRO-1, shard_map": Plan(zero1=True, mode="shard_map"),
     "FSDP": Plan(("data",)),
     "tensor + data parallel": Plan(("model",), tensor=TENSOR),
     "DiLoCo, inner step": Plan(("data",), sync=False),
@@ -105,9 +107,12 @@ PLANS = {
 
 
 def loss_fn(
-    model: Model, split: Callable[[jax.Array], jax.Array], params: Any, batch: dict[str, jax.Array]
+    model: Model, split: Callable[..., jax.Array], params: Any, batch: dict[str, jax.Array]
 ) -> jax.Array:
-    """The mean cross-entropy of the next token; ``split`` places what a layer returns."""
+    """The mean cross-entropy of the next token.
+
+    ``split(x, *axes)`` splits an array over these axes of the mesh, and all other dimensions not.
+    """
     half = lambda x: x.astype(jnp.bfloat16)
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -116,16 +121,17 @@ def loss_fn(
 
     def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
         w = jax.tree.map(half, weights)
-        qkv = jnp.einsum("btd,cde->cbte", norm(x, w["norms"][0]), w["qkv"])
-        q, k, v = qkv.reshape(*qkv.shape[:3], model.heads, -1)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = split(x + y.reshape(x.shape) @ w["out"])
-        x = split(x + jax.nn.gelu(norm(x, w["norms"][1]) @ w["up"]) @ w["down"])
-        return x, None
+        y = norm(x, w["norms"][0])
+        heads = lambda w: split((y @ w).reshape(*y.shape[:2], model.heads, -1), "data", None, "model")
+        y = jax.nn.dot_product_attention(*map(heads, w["qkv"]), is_causal=True)
+        y = split(y, "data", None, "model")
+        x = split(x + y.reshape(x.shape) @ w["out"], "data", "model")
+        y = split(norm(x, w["norms"][1]) @ w["up"], "data", None, "model")
+        return split(x + jax.nn.gelu(y) @ w["down"], "data", "model"), None
 
-    x = half(params["tokens"])[batch["tokens"]] + half(params["positions"])
-    x, _ = jax.lax.scan(jax.checkpoint(layer), split(x), params["layers"])
-    logits = (x @ half(params["head"])).astype(jnp.float32)
+    x = split(half(params["tokens"]))[batch["tokens"]] + half(params["positions"])
+    x, _ = jax.lax.scan(jax.checkpoint(layer), split(x, "data", "model"), params["layers"])
+    logits = split(x @ half(params["head"]), "data", None, "model").astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
 
@@ -135,14 +141,16 @@ def lower(model: Model, pod: Pod, plan: Plan) -> jax.stages.Lowered:
     devices = np.array(chips.devices(pod.chip, **pod.topology)).reshape(shape)
     mesh = Mesh(devices, ("slice", "data", "model"), axis_types=(AxisType.Auto,) * 3)
     workers = () if plan.sync is None else ("slice",)
+    mapped = workers or ("data",) * (plan.mode == "shard_map")
 
-    def split(x: jax.Array) -> jax.Array:
-        rows = ("data",) if workers else ("slice", "data")
-        spec = P(rows, "model" if plan.tensor > 1 else None)
-        return jax.lax.with_sharding_constraint(x, spec if workers else NamedSharding(mesh, spec))
+    def split(x: jax.Array, *axes: str | None) -> jax.Array:
+        rows = tuple(name for name in ("slice", "data") if name not in mapped)
+        spec = P(*(rows if axis == "data" else axis for axis in axes))
+        return jax.lax.with_sharding_constraint(x, spec if mapped else NamedSharding(mesh, spec))
 
     def shaped(shape: tuple[int, ...], spec: P, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        spec = P(*workers, *(axis if axis in ("slice", *plan.split) else None for axis in spec))
+        names = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+        spec = P(*workers, *(tuple(n for n in dim if n in plan.split) for dim in names))
         shape = (*(pod.slices for _ in workers), *shape)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
@@ -158,7 +166,7 @@ def lower(model: Model, pod: Pod, plan: Plan) -> jax.stages.Lowered:
         return lower_diloco(mesh, loss, optimizer, plan.sync, params, batch, as_params)
     if plan.zero1:
         optimizer = nag_jax.zero1(optimizer, mesh)
-    step = nag_jax.train_step(loss, optimizer, mesh=mesh)
+    step = nag_jax.train_step(loss, optimizer, mesh=mesh, mode=plan.mode)
     state = jax.eval_shape(step.init, params)
     if plan.zero1:
         init = jax.jit(step.init).lower(params).compile(compiler_options=chips.options(pod.chip))
@@ -233,10 +241,10 @@ def measure(model: Model, pod: Pod, plan: Plan) -> dict[str, Any]:
         lowered = lower(model, pod, plan)
         compiled = lowered.compile(compiler_options=chips.options(pod.chip))
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+        needed = re.search(r"memory required .*\(([\d.]+)G\) exceeds .*\.", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
             raise
-        return {"fits": False, "memory": float(found[1]) * 2**30, "error": found[0]}
+        return {"fits": False, "memory": float(needed[1]) * 2**30, "error": needed[0]}
     used = compiled.memory_analysis()
     outputs = used.output_size_in_bytes - used.alias_size_in_bytes
     memory = used.argument_size_in_bytes + outputs + used.temp_size_in_bytes
@@ -254,3 +262,41 @@ def measure(model: Model, pod: Pod, plan: Plan) -> dict[str, Any]:
         "collectives_between_slices": len(crossing),
         "seconds": round(time.perf_counter() - start),
     }
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Pod, model and plan of each row."""
+    return [
+        (pod, model, plan)
+        for pod in PODS
+        for model in MODELS
+        for plan in PLANS
+        if PODS[pod].slices > 1 or PLANS[plan].sync is None
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory and traffic of training on pods.")
+    parser.add_argument("--only", nargs="*", help="beginnings of names, such as 'v5e-64, 7 B'")
+    parser.add_argument("--print", action="store_true", help="save nothing")
+    arguments = parser.parse_args()
+    for pod, model, plan in cases():
+        name = f"{pod}, {model}, {plan}"
+        if not arguments.only or name.startswith(tuple(arguments.only)):
+            row = measure(MODELS[model], PODS[pod], PLANS[plan])
+            print(name, json.dumps(row), flush=True)
+            if not arguments.print:
+                save(name, row)
+
+
+def save(name: str, row: dict[str, Any]) -> None:
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    names = [", ".join(case) for case in cases()]
+    rows = {n: r for n, r in sorted((rows | {name: row}).items(), key=lambda x: names.index(x[0]))}
+    packages = ("jax", "optax", "libtpu", "jax-cuda12-pjrt")
+    about = describe_machine("benchmarks.pods", packages)
+    RESULTS.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
