@@ -12,6 +12,7 @@ backward pass; activations are bfloat16, parameters and momentum float32.
 import argparse
 import functools
 import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -119,8 +120,7 @@ def loss_fn(
         wide = x.astype(jnp.float32)
         return half(wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)) * scale
 
-    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
-        w = jax.tree.map(half, weights)
+    def layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         y = norm(x, w["norms"][0])
         heads = lambda w: split((y @ w).reshape(*y.shape[:2], model.heads, -1), "data", None, "model")
         y = jax.nn.dot_product_attention(*map(heads, w["qkv"]), is_causal=True)
@@ -129,9 +129,10 @@ def loss_fn(
         y = split(norm(x, w["norms"][1]) @ w["up"], "data", None, "model")
         return split(x + jax.nn.gelu(y) @ w["down"], "data", "model"), None
 
-    x = split(half(params["tokens"]))[batch["tokens"]] + half(params["positions"])
+    params = jax.tree.map(half, params)
+    x = split(params["tokens"])[batch["tokens"]] + params["positions"]
     x, _ = jax.lax.scan(jax.checkpoint(layer), split(x, "data", "model"), params["layers"])
-    logits = split(x @ half(params["head"]), "data", None, "model").astype(jnp.float32)
+    logits = split(x @ params["head"], "data", None, "model").astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
 
@@ -197,9 +198,9 @@ def lower_diloco(mesh, loss, optimizer, sync, params, batch, as_params) -> jax.s
     return jax.jit(mapped, donate_argnums=(0, 1), out_shardings=out).lower(params, state, batch)
 
 
-def parameters(model: Model) -> int:
-    shapes = jax.tree.leaves(model.shapes(), is_leaf=lambda x: isinstance(x, tuple))
-    return sum(int(np.prod(shape)) for shape, _ in shapes)
+def parameters(shapes: Any) -> int:
+    leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return sum(math.prod(shape) for shape, _ in leaves)
 
 
 class Formula(NamedTuple):
@@ -212,17 +213,21 @@ class Formula(NamedTuple):
 def formula(model: Model, pod: Pod, name: str) -> Formula | None:
     """What docs/many_devices.md says of a plan; None where it says nothing.
 
-    Gradients and gathered weights are bfloat16, updates and displacements float32.
+    Gradients and gathered weights are bfloat16, updates and displacements float32. With mode
+    "shard_map" gradients are summed over the layers first, in float32.
     """
-    p, n, k = parameters(model), pod.chips, pod.slices
+    p, n, k = parameters(model.shapes()), pod.chips, pod.slices
+    layers = parameters(model.shapes()["layers"])
     ring = lambda size, chips: size * (chips - 1) / chips
-    fsdp = 3 * ring(2 * p, n)  # two gathers of the weights, one scatter of the gradients
+    fsdp = 2 * ring(2 * p, n) + ring(2 * layers, n)  # layers are gathered again going backward
     crossing = lambda size: 2 * ring(size * p / n, k)
     match name:
         case "data parallel":
             return Formula(2 * ring(2 * p, n * k))
         case "ZeRO-1":
             return Formula(ring(2 * p, n) + ring(4 * p, n))
+        case "ZeRO-1, shard_map":
+            return Formula(2 * ring(4 * p, n))
         case "FSDP":
             return Formula(fsdp + crossing(2), crossing(2))
         case "DiLoCo, inner step":
@@ -232,8 +237,9 @@ def formula(model: Model, pod: Pod, name: str) -> Formula | None:
     return None
 
 
-def measure(model: Model, pod: Pod, plan: Plan) -> dict[str, Any]:
+def measure(model: Model, pod: Pod, name: str) -> dict[str, Any]:
     """Memory in bytes and bytes sent by a chip, or why there is no program."""
+    plan, expected = PLANS[name], formula(model, pod, name)
     if "data" in plan.split and model.width % pod.chips:
         return {"reason": f"a width of {model.width} cannot be split over {pod.chips} chips"}
     start = time.perf_counter()
@@ -258,8 +264,9 @@ def measure(model: Model, pod: Pod, plan: Plan) -> dict[str, Any]:
         "outputs": outputs,
         "temporaries": used.temp_size_in_bytes,
         "sent": collectives.sent(compiled),
+        "formula": expected and expected.in_all,
         "between_slices": sum(c.bytes for c in crossing),
-        "collectives_between_slices": len(crossing),
+        "formula_between_slices": expected and expected.between_slices,
         "seconds": round(time.perf_counter() - start),
     }
 
@@ -275,6 +282,60 @@ def cases() -> list[tuple[str, str, str]]:
     ]
 
 
+def memory_table(result: dict[str, Any]) -> str:
+    """Gigabytes that a chip needs for a plan, on pods of one slice."""
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None or "reason" in row:
+            return "-"
+        needed = f"{row['memory'] / GB:.1f}"
+        return needed if row["fits"] else f"does not fit ({needed})"
+
+    return f"{source(result)}\n\n{_by_plan(result, cell)}"
+
+
+def traffic_table(result: dict[str, Any]) -> str:
+    """Gigabytes that a chip sends in a step, and their ratio to the formula."""
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None or "sent" not in row:
+            return "-"
+        sent = sum(row["sent"].values())
+        ratio = f" ({sent / row['formula']:.2f})" if row["formula"] else ""
+        return f"{sent / GB:.2f}{ratio}"
+
+    return _by_plan(result, cell)
+
+
+def _by_plan(result: dict[str, Any], cell: Callable[[dict[str, Any] | None], str]) -> str:
+    """A table with a row for each model on each pod of one slice."""
+    plans = [name for name, plan in PLANS.items() if plan.sync is None]
+    rows = [
+        [pod, model, *(cell(result["rows"].get(f"{pod}, {model}, {plan}")) for plan in plans)]
+        for pod in PODS
+        for model in MODELS
+        if PODS[pod].slices == 1
+    ]
+    return markdown(["pod", "parameters", *plans], rows, text_columns=2)
+
+
+def slices_table(result: dict[str, Any]) -> str:
+    """What a chip of several slices needs, sends, and sends to the other slices."""
+    rows = []
+    for name, row in result["rows"].items():
+        pod, model, plan = name.split(", ", 2)
+        if PODS[pod].slices > 1:
+            between = row.get("between_slices", 0.0)
+            sent = [f"{sum(row['sent'].values()) / GB:.2f}", f"{between / 1e6:.1f}"] * ("sent" in row)
+            needed = f"{row['memory'] / GB:.1f}" + " (does not fit)" * (not row["fits"])
+            rows.append([pod, model, plan, needed, *(sent or ["-"] * 2)])
+    head = ["pod", "parameters", "plan", "GB needed", "GB sent", "MB of these between slices"]
+    return markdown(head, rows, text_columns=3)
+
+
+TABLES = {"memory": memory_table, "traffic": traffic_table, "slices": slices_table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and traffic of training on pods.")
     parser.add_argument("--only", nargs="*", help="beginnings of names, such as 'v5e-64, 7 B'")
@@ -283,7 +344,7 @@ def main() -> None:
     for pod, model, plan in cases():
         name = f"{pod}, {model}, {plan}"
         if not arguments.only or name.startswith(tuple(arguments.only)):
-            row = measure(MODELS[model], PODS[pod], PLANS[plan])
+            row = measure(MODELS[model], PODS[pod], plan)
             print(name, json.dumps(row), flush=True)
             if not arguments.print:
                 save(name, row)
