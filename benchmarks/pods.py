@@ -19,13 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from benchmarks import chips  # before jax: sets the environment for the compilers
+from benchmarks import chips  # before jax: it sets the environment for the compilers
 
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import nag_jax
 from benchmarks import collectives
@@ -46,8 +48,9 @@ class Model(NamedTuple):
     heads: int
 
     def shapes(self) -> dict[str, Any]:
-        """The shape of each parameter, and the axes over which FSDP and tensor parallelism split
-        it."""
+        """The shape of each parameter, and the axes over which FSDP ("data") and tensor parallelism
+        ("model") split it.
+        """
         n, d = self.layers, self.width
         return {
             "tokens": ((VOCABULARY, d), P("data")),
@@ -122,9 +125,9 @@ def loss_fn(
 
     def layer(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         y = norm(x, w["norms"][0])
-        heads = lambda w: split((y @ w).reshape(*y.shape[:2], model.heads, -1), "data", None, "model")
-        y = jax.nn.dot_product_attention(*map(heads, w["qkv"]), is_causal=True)
-        y = split(y, "data", None, "model")
+        heads = lambda y: split(y.reshape(*y.shape[:2], model.heads, -1), "data", None, "model")
+        q, k, v = (heads(y @ weight) for weight in w["qkv"])
+        y = split(jax.nn.dot_product_attention(q, k, v, is_causal=True), "data", None, "model")
         x = split(x + y.reshape(x.shape) @ w["out"], "data", "model")
         y = split(norm(x, w["norms"][1]) @ w["up"], "data", None, "model")
         return split(x + jax.nn.gelu(y) @ w["down"], "data", "model"), None
@@ -159,43 +162,43 @@ def lower(model: Model, pod: Pod, plan: Plan) -> jax.stages.Lowered:
     params = jax.tree.map(lambda leaf: shaped(*leaf), model.shapes(), is_leaf=is_leaf)
     rows = SEQUENCES * (pod.chips if workers else pod.chips * pod.slices)
     batch = dict.fromkeys(("tokens", "labels"), shaped((rows, LENGTH), P(), jnp.int32))
+    loss, optimizer = functools.partial(loss_fn, model, split), nag_jax.nag(1e-2, 0.9)
     known = {p.shape: p.sharding for p in jax.tree.leaves(params)}
     whole = NamedSharding(mesh, P(*workers))
     as_params = lambda x: x.update(sharding=known.get(x.shape, whole))
-    loss, optimizer = functools.partial(loss_fn, model, split), nag_jax.nag(1e-2, 0.9)
     if workers:
-        return lower_diloco(mesh, loss, optimizer, plan.sync, params, batch, as_params)
+        optimizer = nag_jax.diloco(optimizer, "slice", every=EVERY)
+        state = jax.tree.map(as_params, jax.eval_shape(jax.vmap(optimizer.init), params))
+        return lower_diloco(mesh, loss, optimizer, plan.sync, params, state, batch)
     if plan.zero1:
         optimizer = nag_jax.zero1(optimizer, mesh)
     step = nag_jax.train_step(loss, optimizer, mesh=mesh, mode=plan.mode)
     state = jax.eval_shape(step.init, params)
     if plan.zero1:
         init = jax.jit(step.init).lower(params).compile(compiler_options=chips.options(pod.chip))
-        as_params = lambda x, sharding: x.update(sharding=sharding)
-        state = jax.tree.map(as_params, state, init.output_shardings)
+        state = jax.tree.map(lambda x, s: x.update(sharding=s), state, init.output_shardings)
     else:
         state = jax.tree.map(as_params, state)
     return step.lower(params, state, batch)
 
 
-def lower_diloco(mesh, loss, optimizer, sync, params, batch, as_params) -> jax.stages.Lowered:
-    optimizer = nag_jax.diloco(optimizer, "slice", every=EVERY)
+def lower_diloco(
+    mesh: Mesh, loss: Callable[..., jax.Array], optimizer: Any, sync: bool | None, *arguments: Any
+) -> jax.stages.Lowered:
+    """A step of DiLoCo for ``arguments`` (params, state, batch) with a row for each slice."""
 
-    def step(params: Any, state: Any, batch: Any) -> Any:
+    def step(*rows: Any) -> Any:
+        params, state, batch = jax.tree.map(lambda x: x[0], rows)
         value, gradient = jax.value_and_grad(loss)(params, batch)
         updates, state = optimizer.update(gradient, state, params, sync=sync)
-        return optax.apply_updates(params, updates), state, value
-
-    def of_worker(*trees: Any) -> Any:
-        out = step(*jax.tree.map(lambda x: x[0], trees))
+        out = optax.apply_updates(params, updates), state, value
         return jax.tree.map(lambda x: x[None], out)
 
-    state = jax.tree.map(as_params, jax.eval_shape(jax.vmap(optimizer.init), params))
-    mapped = jax.shard_map(of_worker, mesh=mesh, in_specs=P("slice"), out_specs=P("slice"),
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=P("slice"), out_specs=P("slice"),
         axis_names={"slice"}, check_vma=False)  # fmt: skip
-    kept = jax.tree.map(lambda x: x.sharding, (params, state))
+    kept = jax.tree.map(lambda x: x.sharding, arguments[:2])
     out = (*kept, NamedSharding(mesh, P("slice")))
-    return jax.jit(mapped, donate_argnums=(0, 1), out_shardings=out).lower(params, state, batch)
+    return jax.jit(mapped, donate_argnums=(0, 1), out_shardings=out).lower(*arguments)
 
 
 def parameters(shapes: Any) -> int:
@@ -247,10 +250,10 @@ def measure(model: Model, pod: Pod, name: str) -> dict[str, Any]:
         lowered = lower(model, pod, plan)
         compiled = lowered.compile(compiler_options=chips.options(pod.chip))
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"memory required .*\(([\d.]+)G\) exceeds .*\.", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+        found = re.search(r"memory required .*\(([\d.]+)G\) exceeds .*\.", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
             raise
-        return {"fits": False, "memory": float(needed[1]) * 2**30, "error": needed[0]}
+        return {"fits": False, "memory": float(found[1]) * 2**30, "error": found[0]}
     used = compiled.memory_analysis()
     outputs = used.output_size_in_bytes - used.alias_size_in_bytes
     memory = used.argument_size_in_bytes + outputs + used.temp_size_in_bytes
@@ -282,36 +285,24 @@ def cases() -> list[tuple[str, str, str]]:
     ]
 
 
-def memory_table(result: dict[str, Any]) -> str:
-    """Gigabytes that a chip needs for a plan, on pods of one slice."""
-
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None or "reason" in row:
-            return "-"
-        needed = f"{row['memory'] / GB:.1f}"
-        return needed if row["fits"] else f"does not fit ({needed})"
-
-    return f"{source(result)}\n\n{_by_plan(result, cell)}"
+def needed(row: dict[str, Any]) -> str:
+    if "memory" not in row:
+        return "-"
+    return f"{row['memory'] / GB:.1f}" + (" (does not fit)" if not row["fits"] else "")
 
 
-def traffic_table(result: dict[str, Any]) -> str:
-    """Gigabytes that a chip sends in a step, and their ratio to the formula."""
-
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None or "sent" not in row:
-            return "-"
-        sent = sum(row["sent"].values())
-        ratio = f" ({sent / row['formula']:.2f})" if row["formula"] else ""
-        return f"{sent / GB:.2f}{ratio}"
-
-    return _by_plan(result, cell)
+def sent(row: dict[str, Any]) -> str:
+    if "sent" not in row:
+        return "-"
+    total = sum(row["sent"].values())
+    return f"{total / GB:.2f}" + (f" ({total / row['formula']:.2f})" if row["formula"] else "")
 
 
-def _by_plan(result: dict[str, Any], cell: Callable[[dict[str, Any] | None], str]) -> str:
+def by_plan(result: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
     """A table with a row for each model on each pod of one slice."""
     plans = [name for name, plan in PLANS.items() if plan.sync is None]
     rows = [
-        [pod, model, *(cell(result["rows"].get(f"{pod}, {model}, {plan}")) for plan in plans)]
+        [pod, model, *(cell(result["rows"].get(f"{pod}, {model}, {plan}", {})) for plan in plans)]
         for pod in PODS
         for model in MODELS
         if PODS[pod].slices == 1
@@ -319,21 +310,23 @@ def _by_plan(result: dict[str, Any], cell: Callable[[dict[str, Any] | None], str
     return markdown(["pod", "parameters", *plans], rows, text_columns=2)
 
 
-def slices_table(result: dict[str, Any]) -> str:
+def by_slices(result: dict[str, Any]) -> str:
     """What a chip of several slices needs, sends, and sends to the other slices."""
     rows = []
     for name, row in result["rows"].items():
         pod, model, plan = name.split(", ", 2)
         if PODS[pod].slices > 1:
-            between = row.get("between_slices", 0.0)
-            sent = [f"{sum(row['sent'].values()) / GB:.2f}", f"{between / 1e6:.1f}"] * ("sent" in row)
-            needed = f"{row['memory'] / GB:.1f}" + " (does not fit)" * (not row["fits"])
-            rows.append([pod, model, plan, needed, *(sent or ["-"] * 2)])
+            between = f"{row['between_slices'] / 1e6:.1f}" if "sent" in row else "-"
+            rows.append([pod, model, plan, needed(row), sent(row), between])
     head = ["pod", "parameters", "plan", "GB needed", "GB sent", "MB of these between slices"]
     return markdown(head, rows, text_columns=3)
 
 
-TABLES = {"memory": memory_table, "traffic": traffic_table, "slices": slices_table}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "memory": lambda result: f"{source(result)}\n\n{by_plan(result, needed)}",
+    "traffic": lambda result: by_plan(result, sent),
+    "slices": by_slices,
+}
 
 
 def main() -> None:
@@ -353,7 +346,7 @@ def main() -> None:
 def save(name: str, row: dict[str, Any]) -> None:
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
     names = [", ".join(case) for case in cases()]
-    rows = {n: r for n, r in sorted((rows | {name: row}).items(), key=lambda x: names.index(x[0]))}
+    rows = dict(sorted((rows | {name: row}).items(), key=lambda item: names.index(item[0])))
     packages = ("jax", "optax", "libtpu", "jax-cuda12-pjrt")
     about = describe_machine("benchmarks.pods", packages)
     RESULTS.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

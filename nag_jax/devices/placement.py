@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nag_jax._types import ArrayLike, Leaf
+from nag_jax._types import Leaf
 
 
 def place(x: Leaf, sharding: NamedSharding) -> jax.Array:
