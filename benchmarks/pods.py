@@ -322,8 +322,19 @@ def by_slices(result: dict[str, Any]) -> str:
     return markdown(head, rows, text_columns=3)
 
 
+def reasons(result: dict[str, Any]) -> str:
+    """Why some rows have no program."""
+    found: dict[str, list[str]] = {}
+    for name, row in result["rows"].items():
+        if "reason" in row:
+            found.setdefault(row["reason"], []).append(name)
+    return "\n".join(
+        f"No program, {reason}: {'; '.join(names)}." for reason, names in found.items()
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "memory": lambda result: f"{source(result)}\n\n{by_plan(result, needed)}",
+    "memory": lambda result: f"{source(result)}\n\n{by_plan(result, needed)}\n\n{reasons(result)}",
     "traffic": lambda result: by_plan(result, sent),
     "slices": by_slices,
 }
@@ -332,11 +343,14 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and traffic of training on pods.")
     parser.add_argument("--only", nargs="*", help="beginnings of names, such as 'v5e-64, 7 B'")
+    parser.add_argument("--missing", action="store_true", help="only those without a result")
     parser.add_argument("--print", action="store_true", help="save nothing")
     arguments = parser.parse_args()
+    known = json.loads(RESULTS.read_text())["rows"] if arguments.missing else {}
     for pod, model, plan in cases():
         name = f"{pod}, {model}, {plan}"
-        if not arguments.only or name.startswith(tuple(arguments.only)):
+        wanted = not arguments.only or name.startswith(tuple(arguments.only))
+        if wanted and "memory" not in known.get(name, {}):
             row = measure(MODELS[model], PODS[pod], plan)
             print(name, json.dumps(row), flush=True)
             if not arguments.print:
