@@ -14,7 +14,9 @@ collective-permute       ``S``, where S is the array of one device
 
 A TPU's compiler writes a reduce-scatter also as a fusion of an all-reduce with the slices of its
 results; its backend configuration names the same ring. Only if each device keeps 1/N of what is
-reduced does that count as a reduce-scatter. A collective in a loop counts once for each iteration.
+reduced does that count as a reduce-scatter. A collective that is fused with several computations,
+which it overlaps, is in each of these fusions and counts once. A collective in a loop counts once
+for each iteration.
 
 On several TPU slices one program describes the devices of one slice, and what crosses to another
 slice is a ``send`` to the host. It appears here as the collective that it stands for.
@@ -115,13 +117,22 @@ def parse(text: str) -> Program:
     return Program(computations, entry, int(partitions[1]) if partitions else 1)
 
 
-def _in_computation(program: Program, name: str, fused: bool = False) -> Iterator[Collective]:
-    computation = program.computations[name]
+def _in_computation(
+    program: Program, name: str, chains: set[str] | None = None
+) -> Iterator[Collective]:
+    """The collectives of a computation; ``chains`` has the names of those seen, in a fusion."""
+    computation, fused = program.computations[name], chains is not None
+    chains = set() if chains is None else chains
     for instruction in computation.values():
         kind, rest = instruction.kind.removesuffix("-start"), instruction.rest
         crosses = kind == "send" and re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
         size = sum(size_of(computation[x].shape) for x in instruction.operands if x in computation)
-        if kind in KINDS and not re.search(r'"flag_start":"\d', rest):  # which is a later part
+        if kind in KINDS:
+            chain = re.search(r'\bchain_id="(\d+)"', rest)
+            if fused and chain:
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
             groups = groups_of(rest, program.devices)
             if fused and kind == "all-reduce" and _keeps_a_part(instruction, computation, groups):
                 kind = "reduce-scatter"
@@ -141,7 +152,8 @@ def _in_computation(program: Program, name: str, fused: bool = False) -> Iterato
                 yield from (c._replace(optional=True) for c in found)
         elif kind in ("fusion", "async"):
             for called in _called(rest, "calls"):
-                yield from _in_computation(program, called, fused=kind == "fusion")
+                seen = chains if kind == "fusion" else None
+                yield from _in_computation(program, called, seen)
         elif kind in ("call", "custom-call"):
             for called in _called(rest, "to_apply") + _called(rest, "called_computations"):
                 yield from _in_computation(program, called)

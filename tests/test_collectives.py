@@ -81,6 +81,21 @@ def test_an_all_reduce_is_one_unless_it_is_fused_with_the_slices_of_all_it_reduc
         assert found["all-reduce"] == 4 * 1024 * 8 * 2 * 7 / 8 + 512
 
 
+def test_a_collective_that_overlaps_several_fusions_counts_once():
+    chain = 'replica_groups={}, frontend_attributes={chain_id="3"}'
+    again = PROGRAM.replace("replica_groups={}", chain).replace(
+        "  ROOT %c",
+        "  %again = f32[128,8]{1,0} fusion(%a), kind=kCustom, calls=%scatter\n  ROOT %c",
+    )
+    assert collectives.sent(again) == collectives.sent(PROGRAM)
+    other = again.replace("calls=%scatter\n  ROOT", "calls=%other\n  ROOT").replace(
+        "%body (t", again[again.index("%scatter (") : again.index("%body (t")]
+        .replace("%scatter", "%other").replace('"3"', '"4"') + "%body (t",
+    )  # fmt: skip
+    twice = collectives.sent(PROGRAM)["reduce-scatter"] * 2
+    assert collectives.sent(other)["reduce-scatter"] == twice
+
+
 def test_which_collectives_cross_slices():
     groups = [c.groups for c in collectives.collectives(PROGRAM)]
     slices = [0] * 8 + [1] * 8

@@ -110,6 +110,35 @@ def test_metrics_are_those_of_the_whole_batch(mode):
 
 
 @every_mode
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sums_are_exact(mode, accumulate):
+    """Of counts whose mean is rounded."""
+    right = lambda p, b: (loss(p, b), jnp.sum(b["y"] > 0))
+    step = nag_jax.train_step(right, NAG, mode=mode, accumulate=accumulate, has_aux=True, aux="sum")
+    for rows in (64, 67):  # of 67 each device computes the last 3
+        batch = batch_of(rows)
+        _, _, metrics = run(step, start(), [batch])
+        assert metrics["aux"] == np.sum(batch["y"] > 0)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_micro_batches_are_the_same_on_any_number_of_devices(split):
+    """A loss that depends on which rows are together, as BatchNorm does."""
+    together = lambda p, b: jax.lax.pmean(jnp.mean(b["x"] @ p), "data") ** 2
+    alone = lambda p, b: jnp.mean(b["x"] @ p) ** 2
+    params, batch = np.ones((3, 8), np.float32), {"x": batch_of(64)["x"]}
+    found = []
+    for devices in (1, 4):
+        mesh = mesh_of(devices)
+        spec = P(None, "data") if split else P()
+        placed = jax.device_put(params, NamedSharding(mesh, spec))
+        objective = alone if split else together
+        step = nag_jax.train_step(objective, optax.sgd(0.1), mesh=mesh, accumulate=4)
+        found.append(run(step, placed, [batch])[0])
+    chex.assert_trees_all_close(*map(np.asarray, found), rtol=1e-6)
+
+
+@every_mode
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_one_all_reduce_per_update(mode, accumulate):
     def loss_and_more(params, batch, model_state):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nag_jax._arithmetic import real_like, wide
-from nag_jax._types import ArrayLike, LossFn, Params, PyTree, Scalar
+from nag_jax._types import ArrayLike, LossFn, Params, PyTree, Reduction, Scalar
 
 
 class Loss(NamedTuple):
@@ -23,6 +23,7 @@ class Loss(NamedTuple):
     function: LossFn
     has_aux: bool
     weight: Callable[[PyTree], ArrayLike] | None  # of a piece; None: its number of rows
+    aux: Reduction = "mean"  # how the aux of pieces becomes that of the batch
 
     def __call__(
         self, params: Params, model_state: PyTree, key: jax.Array | None, piece: PyTree
@@ -60,7 +61,7 @@ class Mean(NamedTuple):
 
     loss: jax.Array
     gradient: PyTree  # like params; None if only the loss was wanted
-    aux: PyTree
+    aux: PyTree  # or its sum, see Loss
     model_state: PyTree
 
 
@@ -75,7 +76,7 @@ class Mapped(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Sums over pieces; all but the first are weighted."""
+    """Sums over pieces; loss and gradient are weighted, and so is aux if it is a mean."""
 
     weight: jax.Array
     loss: jax.Array
@@ -130,11 +131,15 @@ def of_pieces(
             loss, params, model_state, piece_key, piece, gradient
         )
         weight = loss.weigh(piece) * share
-        # The mean over a piece without samples is 0/0.
-        weighted = lambda x: jnp.where(
-            weight > 0, real_like(weight, x) * wide(x), jnp.zeros_like(wide(x))
-        )
-        return _Sums(wide(weight), *jax.tree.map(weighted, (value, slope, aux))), model_state
+
+        def times(factor: ArrayLike, tree: PyTree) -> PyTree:
+            # The mean over a piece without samples is 0/0.
+            weighted = lambda x: jnp.where(weight > 0, real_like(factor, x) * wide(x), 0)
+            return jax.tree.map(weighted, tree)
+
+        value, slope = times(weight, (value, slope))
+        aux = times(share if loss.aux == "sum" else weight, aux)
+        return _Sums(wide(weight), value, slope, aux), model_state
 
     total, model_state = _over_micro_batches(sums_of, model_state, micro)
     if jax.tree.leaves(extra):
@@ -145,6 +150,8 @@ def of_pieces(
     assert total is not None  # a batch has rows
     total, model_state = _over_devices(total, model_state, mapped)
     _, value, slope, aux = jax.tree.map(lambda x: x / real_like(total.weight, x), total)
+    if loss.aux == "sum":
+        aux = total.aux
     # In the dtypes of params, as jax.grad returns it.
     if gradient:
         slope = jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, slope)
@@ -183,11 +190,7 @@ def _over_devices(total: _Sums, model_state: PyTree, mapped: Mapped | None) -> t
     ]
     if mapped is not None:
         slopes, like = jax.tree.flatten(total.gradient)
-        parts = {
-            i: jax.lax.psum_scatter(slope, mapped.axis, scatter_dimension=dimension, tiled=True)
-            for i, slope in enumerate(slopes)
-            if (dimension := mapped.scattered.get(i)) is not None
-        }
+        parts = {i: _part(slopes[i], d, mapped.axis) for i, d in mapped.scattered.items() if slopes}
         whole = {i: slope for i, slope in enumerate(slopes) if i not in parts}
         # One psum, so that there is one all-reduce.
         others = total._replace(gradient=whole), moving
@@ -197,6 +200,14 @@ def _over_devices(total: _Sums, model_state: PyTree, mapped: Mapped | None) -> t
     means = iter([x / real_like(total.weight, x) for x in moving])
     leaves = [next(means).astype(x.dtype) if is_mean(x) else x for x in leaves]
     return total, structure.unflatten(leaves)
+
+
+def _part(x: jax.Array, dimension: int, axis: str) -> jax.Array:
+    """This device's part along a dimension of the sum over the axis."""
+    # Along the first dimension: where parts of the last one are narrower than a tile of a TPU, XLA
+    # makes an all-reduce of it.
+    first = jnp.moveaxis(x, dimension, 0)
+    return jnp.moveaxis(jax.lax.psum_scatter(first, axis, tiled=True), 0, dimension)
 
 
 def _count(micro: PyTree) -> int:

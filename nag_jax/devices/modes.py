@@ -212,7 +212,7 @@ class Devices:
             return gradients.of_pieces(loss, params, model_state, key, micro, extra, gradient)
 
         whole, rows = PartitionSpec(), PartitionSpec(self.axis)
-        parts = whole if shardings is None else jax.tree.map(self._own, shardings)
+        parts = whole if shardings is None else jax.tree.map(self._scattered, shardings)
         scattered = {
             i: list(part).index(self.axis)
             for i, part in enumerate(jax.tree.leaves(parts))
@@ -222,7 +222,7 @@ class Devices:
         def local(
             params: Params, model_state: PyTree, key: jax.Array | None, main: PyTree, extra: PyTree
         ) -> gradients.Mean:
-            micro = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), main)
+            micro = jax.tree.map(self._micro_batches, main)
             mapped = gradients.Mapped(self.axis, self.count, scattered)
             return gradients.of_pieces(
                 loss, params, model_state, key, micro, extra, gradient, mapped
@@ -245,13 +245,16 @@ class Devices:
         )
         return mapped(params, model_state, key, main, extra)
 
-    def _own(self, sharding: NamedSharding) -> PartitionSpec:
-        """The dimension that the axis alone splits, if there is one.
-
-        Where other axes split the same dimension, a reduce-scatter would make another part.
-        """
+    def _scattered(self, sharding: NamedSharding) -> PartitionSpec:
+        """How a reduce-scatter over the axis leaves an array that is wanted in this sharding."""
         names = [axes_of(entry) for entry in sharding.spec]
-        return spec_of([dim if dim == (self.axis,) else () for dim in names])
+        # XLA would first gather an array that other axes split too, and JAX (0.7 to 0.12) cannot
+        # lower psum_scatter beside other Explicit axes.
+        alone = all(dim in ((), (self.axis,)) for dim in names)
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        del kinds[self.axis]
+        scattered = alone and AxisType.Explicit not in kinds.values()
+        return spec_of(names) if scattered else PartitionSpec()
 
     def _split_rows(self, batch: PyTree) -> PyTree:
         """A traced batch split over the devices by rows."""
@@ -263,9 +266,15 @@ class Devices:
     def _interleaved(self, batch: PyTree) -> PyTree:
         """Micro-batches along a new first axis, each with rows of every device."""
         sharding = NamedSharding(self.mesh, PartitionSpec(None, self.axis))
-        # Neighbouring rows, which are on one device, go to different micro-batches: nothing moves.
-        cut = lambda x: x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
-        return jax.tree.map(lambda x: place(cut(x), sharding), batch)
+        return jax.tree.map(lambda x: place(self._micro_batches(x), sharding), batch)
+
+    def _micro_batches(self, x: jax.Array) -> jax.Array:
+        """Every ``accumulate``-th row, along a new first axis.
+
+        Neighbouring rows go to different micro-batches. So each has the same rows on any number of
+        devices, and nothing moves between them.
+        """
+        return x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
 
 
 class Pmapped(NamedTuple):

@@ -23,6 +23,7 @@ from nag_jax._types import (
     OptState,
     Params,
     PyTree,
+    Reduction,
     Tree,
     Updates,
 )
@@ -56,7 +57,7 @@ class Metrics(TypedDict):
     loss: jax.Array  # the mean over the batch, shape=(), float32 at least
     grad_norm: jax.Array  # of its gradient, shape=(), float32 at least
     skipped: jax.Array  # steps skipped so far, shape=(), int32
-    aux: NotRequired[PyTree]  # the mean over the batch, with has_aux
+    aux: NotRequired[PyTree]  # the mean or sum over the batch, with has_aux
 
 
 def train_step(
@@ -69,6 +70,7 @@ def train_step(
     accumulate: int = 1,
     nonfinite: NonFinite = "raise",
     has_aux: bool = False,
+    aux: Reduction = "mean",
     weight: Callable[[PyTree], ArrayLike] | None = None,
 ) -> "TrainStep":
     r"""Makes a data-parallel training step with jit, shard_map or pmap.
@@ -119,8 +121,10 @@ def train_step(
         all later updates and raises within 8 calls, since waiting for every step would stall the
         host; params and state are then those from before the bad batch, and ``step.resume(state)``
         continues from there.
-      has_aux: whether loss_fn returns ``(loss, aux)``, or ``(loss, (model_state, aux))``. Aux, a
-        pytree of numbers, is averaged like the loss and returned as ``metrics["aux"]``.
+      has_aux: whether loss_fn returns ``(loss, aux)``, or ``(loss, (model_state, aux))``. Aux is a
+        pytree of numbers and returned as ``metrics["aux"]``.
+      aux: how the aux of the pieces of a batch becomes that of the batch. "mean": averaged like the
+        loss. "sum": added, for counts and sums over rows, such as the number of right answers.
       weight: ``piece of the batch -> scalar``, the number of samples of a piece if these are not
         its rows, such as ``lambda batch: batch["mask"].sum()`` for padded rows or tokens. Without
         it, pieces with different numbers of samples would have equal weights. None: rows.
@@ -131,10 +135,10 @@ def train_step(
       parameters are conjugated, as descent requires.
 
     Raises:
-      ValueError: for an unknown mode or nonfinite, accumulate below 1, a mesh without that axis or
-        an optimizer that is not a gradient transformation; from the step, for arrays with different
-        numbers of rows, and for parameters or state that are split in a way that the mode does not
-        allow.
+      ValueError: for an unknown mode, nonfinite or aux, accumulate below 1, a mesh without the axis
+        or an optimizer that is not a gradient transformation; from the step, for arrays with
+        different numbers of rows, and for parameters or state that are split in a way that the mode
+        does not allow.
       FloatingPointError: from the step, with ``nonfinite="raise"``.
 
     Example:
@@ -156,6 +160,7 @@ def train_step(
     """
     check_choice("mode", mode, get_args(Mode))
     check_choice("nonfinite", nonfinite, get_args(NonFinite))
+    check_choice("aux", aux, get_args(Reduction))
     check_count("accumulate", accumulate, static=True)
     check_optimizer("optimizer", optimizer)
     if mesh is None:
@@ -168,7 +173,7 @@ def train_step(
         )
     if mode == "pmap":  # which has no axis types; modes.py may then assume Auto axes
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
-    loss = gradients.Loss(loss_fn, has_aux, weight)
+    loss = gradients.Loss(loss_fn, has_aux, weight, aux)
     optimizer = optax.with_extra_args_support(optimizer)
     return TrainStep(loss, optimizer, Devices(mesh, axis, mode, accumulate), nonfinite)
 
