@@ -108,6 +108,7 @@ PLANS = {
     "DiLoCo, inner step": Plan(("data",), sync=False),
     "DiLoCo, outer step": Plan(("data",), sync=True),
 }
+ACROSS_SLICES = ("data parallel", "FSDP", "DiLoCo, inner step", "DiLoCo, outer step")
 
 
 def loss_fn(
@@ -244,7 +245,7 @@ def measure(model: Model, pod: Pod, name: str) -> dict[str, Any]:
     """Memory in bytes and bytes sent by a chip, or why there is no program."""
     plan, expected = PLANS[name], formula(model, pod, name)
     if "data" in plan.split and model.width % pod.chips:
-        return {"reason": f"a width of {model.width} cannot be split over {pod.chips} chips"}
+        return {"reason": f"width {model.width} cannot be split over {pod.chips} chips"}
     start = time.perf_counter()
     try:
         lowered = lower(model, pod, plan)
@@ -281,13 +282,14 @@ def cases() -> list[tuple[str, str, str]]:
         for pod in PODS
         for model in MODELS
         for plan in PLANS
-        if PODS[pod].slices > 1 or PLANS[plan].sync is None
+        if (PODS[pod].slices == 1 and PLANS[plan].sync is None)
+        or (PODS[pod].slices > 1 and plan in ACROSS_SLICES)
     ]
 
 
 def needed(row: dict[str, Any]) -> str:
     if "memory" not in row:
-        return "-"
+        return row.get("reason", "not compiled")
     return f"{row['memory'] / GB:.1f}" + (" (does not fit)" if not row["fits"] else "")
 
 
@@ -301,12 +303,13 @@ def sent(row: dict[str, Any]) -> str:
 def by_plan(result: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
     """A table with a row for each model on each pod of one slice."""
     plans = [name for name, plan in PLANS.items() if plan.sync is None]
-    rows = [
-        [pod, model, *(cell(result["rows"].get(f"{pod}, {model}, {plan}", {})) for plan in plans)]
+    cells = {
+        (pod, model): [cell(result["rows"].get(f"{pod}, {model}, {plan}", {})) for plan in plans]
         for pod in PODS
         for model in MODELS
         if PODS[pod].slices == 1
-    ]
+    }
+    rows = [[*names, *row] for names, row in cells.items() if set(row) != {"-"}]
     return markdown(["pod", "parameters", *plans], rows, text_columns=2)
 
 
@@ -322,19 +325,8 @@ def by_slices(result: dict[str, Any]) -> str:
     return markdown(head, rows, text_columns=3)
 
 
-def reasons(result: dict[str, Any]) -> str:
-    """Why some rows have no program."""
-    found: dict[str, list[str]] = {}
-    for name, row in result["rows"].items():
-        if "reason" in row:
-            found.setdefault(row["reason"], []).append(name)
-    return "\n".join(
-        f"No program, {reason}: {'; '.join(names)}." for reason, names in found.items()
-    )
-
-
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "memory": lambda result: f"{source(result)}\n\n{by_plan(result, needed)}\n\n{reasons(result)}",
+    "memory": lambda result: f"{source(result)}\n\n{by_plan(result, needed)}",
     "traffic": lambda result: by_plan(result, sent),
     "slices": by_slices,
 }
