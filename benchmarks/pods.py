@@ -355,6 +355,7 @@ def save(name: str, row: dict[str, Any]) -> None:
     rows = dict(sorted((rows | {name: row}).items(), key=lambda item: names.index(item[0])))
     packages = ("jax", "optax", "libtpu", "jax-cuda12-pjrt")
     about = describe_machine("benchmarks.pods", packages)
+    about["command"] = "python -m benchmarks.pods"  # rows may come from several runs
     RESULTS.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
