@@ -256,10 +256,11 @@ def measure(model: Model, pod: Pod, name: str) -> dict[str, Any]:
             raise
         return {"fits": False, "memory": float(found[1]) * 2**30, "error": found[0]}
     used = compiled.memory_analysis()
+    assert used is not None
     outputs = used.output_size_in_bytes - used.alias_size_in_bytes
     memory = used.argument_size_in_bytes + outputs + used.temp_size_in_bytes
     found = collectives.collectives(compiled)
-    slices = np.repeat(np.arange(pod.slices), pod.chips)
+    slices = [number for number in range(pod.slices) for _ in range(pod.chips)]
     crossing = [c for c in found if collectives.crossing(c.groups, slices)]
     return {
         "fits": memory <= pod.memory,
