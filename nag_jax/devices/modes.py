@@ -218,14 +218,14 @@ class Devices:
             for i, part in enumerate(jax.tree.leaves(parts))
             if any(part)
         }
+        devices = gradients.Mapped(self.axis, self.count, scattered)
 
         def local(
             params: Params, model_state: PyTree, key: jax.Array | None, main: PyTree, extra: PyTree
         ) -> gradients.Mean:
             micro = jax.tree.map(self._micro_batches, main)
-            mapped = gradients.Mapped(self.axis, self.count, scattered)
             return gradients.of_pieces(
-                loss, params, model_state, key, micro, extra, gradient, mapped
+                loss, params, model_state, key, micro, extra, gradient, devices
             )
 
         if self.mode == "pmap":
@@ -271,8 +271,8 @@ class Devices:
     def _micro_batches(self, x: jax.Array) -> jax.Array:
         """Every ``accumulate``-th row, along a new first axis.
 
-        Neighbouring rows go to different micro-batches. So each has the same rows on any number of
-        devices, and nothing moves between them.
+        So each micro-batch has the same rows on any number of devices, and nothing moves between
+        devices, since neighbouring rows go to different micro-batches.
         """
         return x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
 

@@ -115,7 +115,8 @@ def train_step(
       axis: the axis of the mesh over which the rows of a batch are split.
       mode: "jit", "shard_map" or "pmap".
       accumulate: the number of micro-batches that each device computes in sequence, at least 1.
-        Gradients are summed in at least float32 and all-reduced once.
+        Micro-batch i has the rows i, i + accumulate and so on, on any number of devices. Gradients
+        are summed in at least float32 and reduced once.
       nonfinite: what to do when the loss or a gradient is not finite in any micro-batch on any
         device. Every device skips that update. "skip" counts it and continues. "raise" also skips
         all later updates and raises within 8 calls, since waiting for every step would stall the
@@ -366,7 +367,7 @@ class TrainStep:
             self._loss, split, params, state.model_state, key, main, extra, gradient, shardings
         )
         shardings = None
-        if isinstance(self._optimizer, Zero1):
+        if isinstance(self._optimizer, Zero1) and self._devices.mode != "pmap":
             shardings = self._optimizer.gradient_shardings(params, state.opt_state)
         loss, gradient, aux, model_state = mean(params, True, shardings)
         if shardings is not None:

@@ -121,13 +121,13 @@ class _Split(NamedTuple):
 
 
 class Zero1(optax.GradientTransformationExtraArgs):
-    """The result of :func:`zero1`, which says how each gradient is to be split over the devices."""
+    """The result of :func:`zero1`, which tells ``train_step`` how it splits the gradient."""
 
-    _over: _Split
+    over: _Split
 
     def gradient_shardings(self, params: Params, state: PyTree) -> PyTree:
-        """The shardings of the gradient that ``update`` needs; ``params`` give the shapes."""
-        return self._over.shardings(params, state.layout or Layout(()), split=True)
+        """The shardings in which ``update`` uses the gradient."""
+        return self.over.shardings(params, state.layout or Layout(()), split=True)
 
 
 def zero1(
@@ -141,19 +141,23 @@ def zero1(
 
     With N devices along the axis, each keeps 1/N of every large buffer, takes that part of the
     gradient, computes that part of the update, and gathers the other parts of the update. The
-    numbers are those of ``optimizer``. Parameters are not moved. They may be split over other axes
-    of the mesh (tensor parallelism); each device then keeps 1/N of the state of its part. The state
-    of a parameter that is already split over this axis (FSDP) is split in the same way as the
-    parameter.
+    numbers are those of ``optimizer``. In ``train_step`` that is a reduce-scatter of the gradient
+    and an all-gather of the update, as many bytes as the all-reduce of plain data parallelism, also
+    with ``accumulate``.
+
+    Parameters are not moved. They may be split over other axes of the mesh (tensor parallelism);
+    each device then keeps 1/N of the state of its part. The state of a parameter that is already
+    split over this axis (FSDP) is split in the same way as the parameter.
 
     A leaf is split along the first dimension that N divides, after the split over other axes.
     Dimensions that are not split yet take precedence. A leaf without such a dimension is not split.
 
-    A quantity that depends on the whole gradient, such as its norm for clipping, needs an
-    all-reduce of a few numbers. ``train_step`` with mode "jit" makes two of these, for the norm in
-    its metrics and for the check that all numbers are finite. With mode "shard_map" it makes none,
-    but XLA cannot turn the all-reduce of the gradient into a reduce-scatter there, which would move
-    half the bytes.
+    A quantity that depends on the whole gradient needs an all-reduce of a few numbers. There are
+    two in ``train_step``, for the norm in its metrics and for the check that all numbers are
+    finite, and another one if ``optimizer`` clips. An all-reduce of the gradient remains, so that
+    1.5 times as much is sent, in mode "shard_map" and with ``accumulate`` for parameters that other
+    axes split and on a mesh with other Explicit axes; in mode "jit" without ``accumulate`` it may
+    remain under Explicit axes, and does on CPU.
 
     Wrap a whole optimizer, including clipping, and call it outside of ``shard_map`` and ``pmap``:
     in ``jax.jit``, in a scan, or in ``train_step`` with mode "jit" or "shard_map". Under Auto axes,
@@ -235,5 +239,5 @@ def zero1(
         return gather(updates), Zero1State(split(inner), state.layout)
 
     result = Zero1(*transformation(init, update))
-    result._over = over
+    result.over = over
     return result

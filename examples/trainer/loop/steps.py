@@ -83,7 +83,7 @@ def make_update(
             params=params,
             rest=after.model_state,
             opt_state=after.opt_state,
-            sums=jax.tree.map(add, state.sums, metrics["aux"]),
+            sums=jax.tree.map(add, state.sums, metrics.get("aux")),
             skipped=after.skipped,
         )
 
