@@ -1,5 +1,6 @@
 """Local training: an outer optimizer on the displacement of H inner steps of each worker."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,12 @@ from nag_jax._arithmetic import (
     mix,
     varying_axes,
     wide,
+    wide_zeros,
 )
 from nag_jax._checks import (
-    check_count,
     check_dtype,
     check_optimizer,
+    check_range,
     check_trainable,
     given_params,
 )
@@ -33,25 +35,73 @@ from nag_jax._types import (
     OptState,
     Params,
     PyTree,
+    Scalar,
+    Tree,
     Updates,
     transformation,
 )
 from nag_jax.evaluation import evaluated
+from nag_jax.methods._fragments import (
+    Due,
+    Meeting,
+    check_rounds,
+    due_fragments,
+    joined,
+    merged,
+    numbered,
+    parts,
+    separated,
+)
+from nag_jax.methods._host import beside, check_memory_kind, on_device, on_host
+from nag_jax.methods._workers import (
+    Communicate,
+    check_workers,
+    given_weight,
+    mean_of_workers,
+)
+
+
+class Sent(NamedTuple):
+    """A mean displacement between the step that sends it and the step that uses it."""
+
+    mean: Updates  # like params, in at least float32
+    total: jax.Array | tuple[()]  # of the weights of all workers, shape=(fragments,), float32
+
+
+class Residual(NamedTuple):
+    """What ``communicate`` keeps."""
+
+    kept: PyTree  # of this worker, for each fragment
+    count: jax.Array  # means computed, shape=(), int32
 
 
 class OuterState(NamedTuple):
-    """State of :func:`outer`."""
+    """State of :func:`outer`; fields of options that are not used are ``()``."""
 
     inner: OptState  # of the inner optimizer; an outer step does not reset it
     slow: Params  # params at the last outer step, like params; their dtype, or slow_dtype
-    outer: OptState  # of the outer optimizer
-    steps: jax.Array  # inner steps since the last outer step, shape=(), int32
+    outer: OptState  # of the outer optimizer; with fragments optax.PartitionState, of one for each
+    steps: jax.Array  # inner steps in this round, shape=(), int32
+    sent: Sent | tuple[()] = ()  # with a delay
+    residual: Residual | tuple[()] = ()  # with communicate
+    skipped: jax.Array | tuple[()] = ()  # rounds without a worker, shape=(), int32; if weighted
+    met: jax.Array | tuple[()] = ()  # fragments whose params are the slow copy, shape=(P,), bool
 
     def iterate(self, params: Params) -> Params:
         """Returns the outer optimizer's iterate of the last outer step, for :func:`eval_params`."""
         del params
         only_scalar(self.steps)  # raises for a stack of states
-        return evaluated(self.slow, self.outer)
+        return evaluated(on_device(self.slow), on_device(self.outer))
+
+
+class Fragment(NamedTuple):
+    """The part of the state that belongs to one fragment; None at the leaves of others."""
+
+    slow: Params
+    outer: OptState
+    sent: Sent | tuple[()]
+    residual: PyTree
+    skipped: jax.Array | tuple[()]  # of all fragments
 
 
 def outer(
@@ -61,6 +111,12 @@ def outer(
     every: int,
     axis_name: AxisName | None = None,
     slow_dtype: DTypeLike | None = None,
+    fragments: int = 1,
+    delay: int = 0,
+    mixing: float = 0.0,
+    weighted: bool = False,
+    memory_kind: str | None = None,
+    communicate: Communicate | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies an outer optimizer to the displacement of every H steps of an inner one.
 
@@ -139,69 +195,190 @@ def outer(
     """
     check_optimizer("inner", inner)
     check_optimizer("outer_optimizer", outer_optimizer)
-    check_count("every", every, static=True)
+    check_rounds(every, fragments, delay)
+    check_range("mixing", mixing, 0.0, 1.0, high_closed=True, static=True)
     check_dtype("slow_dtype", slow_dtype)
+    check_memory_kind(memory_kind)
+    check_workers(axis_name, weighted, communicate)
     inner = optax.with_extra_args_support(inner)
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)
 
     def init(params: Params) -> OuterState:
         check_trainable("the outer step", params)
         slow = copied(params, slow_dtype)
-        start = jnp.zeros([], jnp.int32)
-        return OuterState(inner.init(params), slow, outer_optimizer.init(slow), start)
+        numbers = numbered(slow, fragments)
+        outer_state = joined(
+            [outer_optimizer.init(part) for part in parts(slow, numbers, fragments)]
+        )
+        sent, residual = (), ()
+        if delay:
+            total = jnp.zeros([fragments]) if weighted else ()
+            sent = Sent(wide_zeros(params), total)
+        if communicate is not None:
+            kept = [communicate.init(part) for part in parts(params, numbers, fragments)]
+            residual = Residual(joined(kept), jnp.zeros([], jnp.int32))
+        if memory_kind is not None:
+            slow, outer_state, sent = on_host((slow, outer_state, sent))
+        return OuterState(
+            inner.init(params),
+            slow,
+            outer_state,
+            jnp.zeros([], jnp.int32),
+            sent,
+            residual,
+            skipped=jnp.zeros([], jnp.int32) if weighted else (),
+            met=jnp.zeros([fragments], bool) if fragments > 1 or delay or mixing else (),
+        )
 
     def update(
         updates: Updates,
         state: OuterState,
         params: Params | None = None,
         *,
-        sync: bool | jax.Array | None = None,
+        sync: bool | jax.Array | Meeting | None = None,
+        weight: ArrayLike | None = None,
         **extra_args: object,
     ) -> tuple[Updates, OuterState]:
         params, state = given_params("outer", params), as_arrays(state)
+        weight = given_weight(weight, weighted)
+        steps = jnp.asarray(optax.safe_increment(state.steps))
+        due = due_fragments(sync, steps, every, fragments, delay)
+        if memory_kind is not None and any(isinstance(x, Tracer) for pair in due for x in pair):
+            raise ValueError(
+                f"memory_kind={memory_kind!r} needs a step that is compiled for what it does; pass "
+                "sync, a Python bool or what nag_jax.meeting returns, as a static argument"
+            )
+        numbers = numbered(state.slow, fragments)
+        count = state.residual.count if isinstance(state.residual, Residual) else None
 
-        def inner_step() -> tuple[Updates, OptState]:
+        def inner_step() -> tuple[list[Updates], OptState]:
             proposed, inner_state = inner.update(updates, state.inner, params, **extra_args)
             # The update of a Python number may be one.
-            return jax.tree.map(jnp.asarray, proposed), inner_state
-
-        def outer_step(proposed: Updates) -> tuple[Params, OptState]:
-            gradient = _displacement(proposed, params, state.slow, axis_name)
-            moves, new_state = outer_optimizer.update(gradient, state.outer, state.slow)
-            return _moved(state.slow, moves), jax.tree.map(_like, new_state, state.outer)
+            return parts(jax.tree.map(jnp.asarray, proposed), numbers, fragments), inner_state
 
         proposed, inner_state = inner_step()
-        steps = jnp.asarray(optax.safe_increment(state.steps))
 
-        due = sync if sync is not None else True if every == 1 else steps >= every
-        slow, outer_state = state.slow, state.outer
-        if isinstance(due, Tracer):
-            # XLA keeps in memory, at every step, what goes into a branch or comes out of it. So the
+        def send(p: int, old: Fragment) -> tuple[Sent, PyTree]:
+            # XLA keeps in memory, at every step, what goes into a branch or comes out of it. So a
             # branch computes the inner update again, and the choice between updates is outside.
-            slow, outer_state = jax.lax.cond(
-                due, lambda: outer_step(inner_step()[0]), lambda: (state.slow, state.outer)
+            u = (inner_step()[0] if isinstance(due[p].sends, Tracer) else proposed)[p]
+            difference = _displacement(u, params, on_device(old.slow))
+            mean, total, residual = mean_of_workers(
+                difference, axis_name, weight, communicate, old.residual, count
             )
-            choose = lambda moved, u: jnp.where(due, moved, u)
-            proposed = map_gradients(choose, _update_to(slow, proposed, params), proposed)
-        elif due:  # outside of jit, where lax.cond would be compiled at every call
-            slow, outer_state = outer_step(proposed)
-            proposed = _update_to(slow, proposed, params)
-        steps = _like(jnp.where(due, 0, steps), state.steps)
-        return proposed, OuterState(inner_state, slow, outer_state, steps)
+            sent = Sent(mean, total)
+            if delay:
+                sent = Sent(filled(mean, old.sent.mean), total)
+                sent = jax.tree.map(_like, sent, old.sent)
+            return sent, jax.tree.map(_like, residual, old.residual)
+
+        def apply(sent: Sent, old: Fragment) -> tuple[Params, OptState, PyTree]:
+            mean, slow, outer_state = on_device((sent.mean, old.slow, old.outer))
+            moves, new_state = outer_optimizer.update(mean, outer_state, slow)
+            new = _moved(slow, moves), jax.tree.map(_like, new_state, outer_state)
+            if not weighted:
+                return *new, old.skipped
+            anyone = sent.total > 0
+            new = jax.tree.map(lambda x, old: jnp.where(anyone, x, old), new, (slow, outer_state))
+            return *new, jax.tree.map(lambda n: _like(n + ~anyone, n), old.skipped)
+
+        def outer_step(p: int, old: Fragment) -> tuple[Updates, Fragment]:
+            sends, applies = due[p]
+            slow, outer_state, sent, residual, skipped = old
+            if delay:
+                sent, residual = _branch(sends, lambda: send(p, old), (sent, residual))
+                slow, outer_state, skipped = _branch(
+                    applies, lambda: apply(old.sent, old), (slow, outer_state, skipped)
+                )
+            else:
+
+                def meet() -> tuple[PyTree, ...]:
+                    sent, residual = send(p, old)
+                    return *apply(sent, old), residual
+
+                slow, outer_state, skipped, residual = _branch(
+                    applies, meet, (slow, outer_state, skipped, residual)
+                )
+            u = proposed[p]
+            if isinstance(applies, Tracer):
+                choose = lambda moved, u: jnp.where(applies, moved, u)
+                u = map_gradients(choose, _update_to(slow, u, params, kept), u)
+            elif applies:
+                u = _update_to(slow, u, params, kept)
+            return u, Fragment(slow, outer_state, sent, residual, skipped)
+
+        # The share of its own params that a worker keeps in an outer step.
+        kept = jnp.where(weight > 0, mixing, 0.0) if mixing and weighted else float(mixing)
+        moved, new, skipped = [], [], state.skipped
+        for p, old in enumerate(_split(state, numbers, fragments)):
+            u, fragment = outer_step(p, old._replace(skipped=skipped))
+            moved, new, skipped = [*moved, u], [*new, fragment], fragment.skipped
+        steps = jnp.where(due[-1].applies, delay, steps)
+        return merged(moved), _assembled(state, inner_state, steps, new, due, exact=mixing == 0)
 
     return transformation(init, update)
 
 
-def _displacement(
-    updates: Updates, params: Params, slow: Params, axis_name: AxisName | None
-) -> Updates:
-    """From the mean of the workers' params after ``updates`` back to the start of the round."""
+def _split(state: OuterState, numbers: PyTree, fragments: int) -> list[Fragment]:
+    slow = parts(state.slow, numbers, fragments)
+    outer_states = separated(state.outer, fragments)
+    sent, residuals = [()] * fragments, [()] * fragments
+    if isinstance(state.sent, Sent):
+        means = parts(state.sent.mean, numbers, fragments)
+        total = lambda p: jax.tree.map(lambda x: x[p], state.sent.total)
+        sent = [Sent(mean, total(p)) for p, mean in enumerate(means)]
+    if isinstance(state.residual, Residual):
+        residuals = separated(state.residual.kept, fragments)
+    return [
+        Fragment(*of_one, state.skipped)
+        for of_one in zip(slow, outer_states, sent, residuals, strict=True)
+    ]
+
+
+def _assembled(
+    old: OuterState,
+    inner: OptState,
+    steps: jax.Array,
+    fragments: Sequence[Fragment],
+    due: Sequence[Due],
+    exact: bool,
+) -> OuterState:
+    """The state of these fragments, with the types and memories of the old one."""
+    slow, outer_states, sent, residuals, skipped = zip(*fragments, strict=True)
+    sends, applies = zip(*due, strict=True)
+    new = OuterState(inner, merged(slow), joined(outer_states), steps, skipped=skipped[-1])
+    if isinstance(old.sent, Sent):
+        total = jax.tree.map(lambda *totals: jnp.stack(totals), *(one.total for one in sent))
+        new = new._replace(sent=Sent(merged([one.mean for one in sent]), total))
+    if isinstance(old.residual, Residual):
+        count = old.residual.count + jnp.any(jnp.stack(sends))
+        new = new._replace(residual=Residual(joined(residuals), count))
+    if isinstance(old.met, jax.Array):
+        new = new._replace(met=jnp.stack(applies) & exact)
+    placed = lambda new, old: beside(_like(new, old), old)
+    return new._replace(
+        **{
+            field: jax.tree.map(placed, getattr(new, field), getattr(old, field))
+            for field in OuterState._fields
+            if field != "inner"
+        }
+    )
+
+
+def _branch(due: bool | jax.Array, work: Callable[[], Tree], old: Tree) -> Tree:
+    """``work()`` if it is due, otherwise ``old``."""
+    if isinstance(due, Tracer):
+        return jax.lax.cond(due, work, lambda: old)
+    return work() if due else old  # outside of jit, where lax.cond would be compiled at every call
+
+
+def _displacement(updates: Updates, params: Params, slow: Params) -> Updates:
+    """From this worker's params after ``updates`` back to the slow copy."""
     # The inner steps began at the slow copy in the dtype of params. What that rounded off is not a
     # displacement and must not enter the outer momentum.
-    difference = map_gradients(
+    return map_gradients(
         lambda u, p, s: wide(s.astype(dtype_of(p))) - (wide(p) + wide(u)), updates, params, slow
     )
-    return difference if axis_name is None else jax.lax.pmean(difference, axis_name)
 
 
 def _moved(slow: Params, moves: Updates) -> Params:
@@ -211,11 +388,19 @@ def _moved(slow: Params, moves: Updates) -> Params:
     )
 
 
-def _update_to(slow: Params, updates: Updates, params: Params) -> Updates:
-    """The update that brings ``params`` to the slow copy, in the dtypes of ``updates``."""
-    return map_gradients(
-        lambda u, p, s: _like(wide(s.astype(dtype_of(p))) - wide(p), u), updates, params, slow
-    )
+def _update_to(slow: Params, updates: Updates, params: Params, kept: Scalar) -> Updates:
+    """The update that brings ``params`` to the slow copy, in the dtypes of ``updates``.
+
+    With ``kept`` above 0 it is this share of the way from the slow copy to where ``updates`` lead.
+    """
+
+    def update(u: jax.Array, p: jax.Array, s: jax.Array) -> jax.Array:
+        target = wide(s.astype(dtype_of(p)))
+        if not (isinstance(kept, float) and kept == 0):
+            target = mix(kept, wide(p) + wide(u), 1 - kept, target)
+        return _like(target - wide(p), u)
+
+    return map_gradients(update, updates, params, slow)
 
 
 def resynchronize(params: PyTree, opt_state: OptState) -> PyTree:
@@ -256,14 +441,17 @@ def resynchronize(params: PyTree, opt_state: OptState) -> PyTree:
 
 
 def _resynchronized(params: PyTree, state: OuterState) -> PyTree:
-    (steps,) = jax.tree.leaves(state.steps)  # which may be in a flax variable
-    slow = by_path(state.slow)
+    # Scalars may be in flax variables.
+    (steps,) = jax.tree.leaves(state.steps)
+    (met,) = jax.tree.leaves(state.met) or [jnp.reshape(steps == 0, [1])]
+    slow = by_path(on_device(state.slow))
+    fragment = by_path(numbered(state.slow, len(met)))
 
     def exact(path: KeyPath, p: jax.Array) -> jax.Array:
         if path not in slow:
             return p
         # A select, since under jit it is not known whether this step was an outer step.
-        return jnp.where(steps == 0, slow[path].astype(dtype_of(p)), p)
+        return jnp.where(met[fragment[path]], slow[path].astype(dtype_of(p)), p)
 
     return jax.tree_util.tree_map_with_path(exact, params)
 
