@@ -13,6 +13,8 @@ from nag_jax.devices.zero1 import zero1 as zero1
 from nag_jax.evaluation import eval_params as eval_params
 from nag_jax.kernel import AccelerateState as AccelerateState
 from nag_jax.kernel import accelerate as accelerate
+from nag_jax.methods._fragments import Meeting as Meeting
+from nag_jax.methods._fragments import meeting as meeting
 from nag_jax.methods.adanag import adanag as adanag
 from nag_jax.methods.averaged import averaged as averaged
 from nag_jax.methods.backtracking import backtracking as backtracking
@@ -64,6 +66,7 @@ __all__ = [
     "int8_blocks",
     "largest_curvature",
     "lookahead",
+    "meeting",
     "minimize",
     "monotone_fista",
     "nag",
