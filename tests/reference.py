@@ -482,8 +482,18 @@ def diloco(
 
 
 def streaming_diloco(
-    gradients, start, steps, *, rate, every, fragments, delay=0, mixing=0.0, learning_rate=1.0,
-    momentum=0.0, weights=None,
+    gradients,
+    start,
+    steps,
+    *,
+    rate,
+    every,
+    fragments,
+    delay=0,
+    mixing=0.0,
+    learning_rate=1.0,
+    momentum=0.0,
+    weights=None,
 ):
     """Douillard et al. 2025, algorithm 2, with SGD inside and PyTorch's SGD(nesterov=True) outside.
 

@@ -17,6 +17,7 @@ from workers import AXIS, EVERY_WAY, ROW, ROWS, over_workers, problem, run, shar
 
 import nag_jax
 
+
 @EVERY_WAY
 @pytest.mark.usefixtures("x64")
 def test_two_workers_are_diloco_as_published(way):

@@ -1,13 +1,16 @@
 """The mean over workers, the only place where ``outer`` communicates."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
 
 from nag_jax._arithmetic import map_gradients, real_like
 from nag_jax._checks import check_range, given_scalar
-from nag_jax._types import ArrayLike, AxisName, Params, PyTree, Updates
+from nag_jax._types import ArrayLike, AxisName, Params, PyTree, Tree, Updates
 
 
 class Communicate(Protocol):
@@ -62,12 +65,26 @@ def mean_of_workers(
         mean, residual = communicate.mean(difference, residual, axis_name, weight, step)
         return mean, total, residual
     if weight is None:
-        return jax.lax.pmean(difference, axis_name), (), residual
+        return _in_one_array(jax.lax.pmean, difference, axis_name), (), residual
     weighted = map_gradients(lambda d: real_like(weight, d) * d, difference)
-    # In one call, so that XLA sends the weight together with the tree.
-    weighted, total = jax.lax.psum((weighted, weight), axis_name)
+    weighted, total = _in_one_array(jax.lax.psum, (weighted, weight), axis_name)
     divisor = jnp.where(total > 0, total, 1)
     return map_gradients(lambda d: d / real_like(divisor, d), weighted), total, residual
+
+
+def _in_one_array(
+    reduce: Callable[[PyTree, AxisName], PyTree], tree: Tree, axis_name: AxisName
+) -> Tree:
+    """``reduce(tree, axis_name)`` as one collective, if that needs no other one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = [kind == AxisType.Manual for kind in mesh.axis_types or ()]
+    one_dtype = len({x.dtype for x in jax.tree.leaves(tree)}) == 1
+    # A leaf that is itself split over other axes of the mesh would be gathered first. Under vmap
+    # nothing is communicated.
+    if not (one_dtype and manual and all(manual)):
+        return reduce(tree, axis_name)
+    flat, unravel = ravel_pytree(tree)
+    return unravel(reduce(flat, axis_name))
 
 
 def check_workers(

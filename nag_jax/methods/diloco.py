@@ -5,6 +5,7 @@ import optax
 from nag_jax._checks import check_range
 from nag_jax._descent import descent
 from nag_jax._types import AxisName, DTypeLike
+from nag_jax.methods._workers import Communicate
 from nag_jax.methods.nag import nag
 from nag_jax.methods.outer import outer
 
@@ -92,6 +93,12 @@ def diloco(
     *,
     every: int = 500,
     slow_dtype: DTypeLike | None = None,
+    fragments: int = 1,
+    delay: int = 0,
+    mixing: float = 0.0,
+    weighted: bool = False,
+    memory_kind: str | None = None,
+    communicate: Communicate | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """DiLoCo: workers train independently and synchronize every H steps by a Nesterov step.
 
@@ -134,4 +141,10 @@ def diloco(
         every=every,
         axis_name=axis_name,
         slow_dtype=slow_dtype,
+        fragments=fragments,
+        delay=delay,
+        mixing=mixing,
+        weighted=weighted,
+        memory_kind=memory_kind,
+        communicate=communicate,
     )
