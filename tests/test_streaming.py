@@ -15,8 +15,12 @@ from workers import AXIS, EVERY_WAY, over_workers
 import nag_jax
 
 SIZES = {"a": 4, "b": 3, "c": 5, "d": 2}
-SLICES = {1: [slice(0, 14)], 2: [slice(0, 7), slice(7, 14)], 3: [slice(0, 7), slice(7, 12), slice(12, 14)],
-          4: [slice(0, 4), slice(4, 7), slice(7, 12), slice(12, 14)]}  # fmt: skip
+SLICES = {
+    1: [slice(0, 14)],
+    2: [slice(0, 7), slice(7, 14)],
+    3: [slice(0, 7), slice(7, 12), slice(12, 14)],
+    4: [slice(0, 4), slice(4, 7), slice(7, 12), slice(12, 14)],
+}
 CASES = [  # fragments, delay, mixing, of a period of 7
     (1, 0, 0.0), (3, 0, 0.0), (1, 0, 0.25), (1, 3, 0.0), (1, 6, 0.5), (3, 2, 0.5), (4, 5, 0.5),
     (2, 1, 1.0), (3, 6, 0.0),
@@ -95,3 +99,294 @@ def test_fragments_delay_and_mixing_are_streaming_diloco(fragments, delay, mixin
             x = jax.vmap(nag_jax.eval_params)(params, state)
             np.testing.assert_array_equal(flat(x), slow)  # SGD knows no other iterate
     assert np.max(np.abs(shared[-1] - shared[0])) > 0.1
+
+
+@EVERY_WAY
+def test_workers_in_programs_of_their_own(way):
+    """Fragments, delay and weights under every mapping, against the reference."""
+    start, curvature, target = problem(2, jnp.float32)
+    optimizer = make(3, 2, 0.5, weighted=True)
+    step, data = step_of(optimizer), (curvature, target)
+    weighted = lambda p, s, data, w: step(p, s, *data, w)
+    workers = over_workers(weighted, way, 2)
+    weights = lambda t: np.array([1.0, 3.0 * (t % 4 > 0)])
+    expected, shared, _ = reference.streaming_diloco(
+        gradients(curvature, target), flat(start)[0], 25, rate=0.2, every=7, fragments=SLICES[3],
+        delay=2, mixing=0.5, learning_rate=0.7, momentum=0.6, weights=weights,
+    )  # fmt: skip
+    params, state = start, jax.vmap(optimizer.init)(start)
+    for k in range(1, 26):
+        w = jnp.asarray(weights(k), jnp.float32)
+        params, state = jax.block_until_ready(workers(params, state, data, w))
+        np.testing.assert_allclose(flat(params), expected[k], rtol=0, atol=1e-5)
+        for row in flat(state.slow):
+            np.testing.assert_allclose(row, shared[k], rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(*flat(state.slow))
+
+
+@pytest.mark.parametrize(("fragments", "delay", "mixing"), [(1, 0, 0.0), (1, 0, 0.5), (3, 2, 0.5)])
+@pytest.mark.usefixtures("x64")
+def test_the_mean_is_weighted_and_a_round_without_workers_is_skipped(fragments, delay, mixing):
+    start, curvature, target = problem(3)
+    optimizer = make(fragments, delay, mixing, weighted=True)
+
+    def weights(t):
+        return [1.0, 0.5, 0.0] if t <= 14 else [0.0, 0.0, 0.0] if t <= 21 else [2.0, 0.0, 1.0]
+
+    expected, shared, skipped = reference.streaming_diloco(
+        gradients(curvature, target), flat(start)[0], 40, rate=0.2, every=7,
+        fragments=SLICES[fragments], delay=delay, mixing=mixing, learning_rate=0.7, momentum=0.6,
+        weights=weights,
+    )  # fmt: skip
+    workers = over_workers(step_of(optimizer), "vmap", 3)
+    params, state = start, jax.vmap(optimizer.init)(start)
+    for k in range(1, 41):
+        params, state = workers(params, state, curvature, target, jnp.asarray(weights(k)))
+        np.testing.assert_allclose(flat(params), expected[k], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(flat(state.slow), np.stack([shared[k]] * 3), rtol=0, atol=1e-12)
+    assert state.skipped.tolist() == [skipped] * 3
+    assert skipped == fragments
+
+
+def test_a_worker_that_diverged_does_not_reach_the_others():
+    start, *data = problem(3, jnp.float32)
+    optimizer = make(2, weighted=True)
+    weighted = over_workers(step_of(optimizer), "vmap", 3)
+    finite = make(2)
+    alone = over_workers(step_of(finite), "vmap", 2)
+    broken = jax.tree.map(lambda p: p.at[1].set(jnp.nan), start)
+    states = (
+        jax.vmap(optimizer.init)(start),
+        jax.vmap(finite.init)(jax.tree.map(lambda p: p[::2], start)),
+    )
+    others = jax.tree.map(lambda x: x[::2], (start, data))
+    params, (state, expected_state) = broken, states
+    expected = others[0]
+    for _ in range(7):
+        params, state = weighted(params, state, *data, jnp.array([1.0, 0.0, 1.0]))
+        expected, expected_state = alone(expected, expected_state, *others[1])
+    kept = jax.tree.map(lambda p: p[::2], params)
+    chex.assert_trees_all_close(kept, expected, rtol=1e-6, atol=1e-6)
+    # What is NaN remains so after any update; only a replacement mends it.
+    mended = jax.vmap(nag_jax.resynchronize)(params, state)
+    np.testing.assert_array_equal(mended["d"], state.slow["d"])
+    assert np.all(np.isnan(params["d"][1]))
+
+
+@pytest.mark.parametrize(("fragments", "delay", "mixing"), [(2, 0, 0.0), (3, 2, 0.0), (2, 1, 0.5)])
+def test_resynchronize_makes_the_fragment_that_met_exact(fragments, delay, mixing):
+    start, *data = problem(2, jnp.float32)
+    optimizer = make(fragments, delay, mixing)
+    step = over_workers(step_of(optimizer), "vmap", 2)
+    params, state = start, jax.vmap(optimizer.init)(start)
+    for k in range(1, 22):
+        params, state = step(params, state, *data)
+        exact = flat(jax.vmap(nag_jax.resynchronize)(params, state))
+        applied = nag_jax.meeting(k, every=7, fragments=fragments, delay=delay).applies
+        expected = flat(params).copy()
+        if applied is not None and mixing == 0:
+            part = SLICES[fragments][applied]
+            np.testing.assert_allclose(expected[:, part], flat(state.slow)[:, part], atol=1e-6)
+            expected[:, part] = flat(state.slow)[:, part]
+        np.testing.assert_array_equal(exact, expected)
+
+
+def test_plain_rounds_are_those_of_one_short_recurrence_bit_for_bit():
+    """Outside of jit each operation rounds once, as in NumPy."""
+    rows = np.random.default_rng(0).standard_normal((3, 2, 5)).astype(np.float32)
+    local, c, target = np.broadcast_to(rows[0, :1], (2, 5)), abs(rows[1]), rows[2]
+    optimizer = make(every=3)
+
+    def worker(params, state, c, target):
+        updates, state = optimizer.update(c * (params - target), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step, params = jax.vmap(worker, axis_name=AXIS), jnp.asarray(local)
+    state = jax.vmap(optimizer.init)(params)
+    f = np.float32
+    slow, buffer = local[0].copy(), np.zeros(5, f)
+    for k in range(1, 13):
+        params, state = step(params, state, c, target)
+        update = f(-0.2) * (c * (local - target))
+        if k % 3 == 0:
+            delta = (slow - (local + update)).sum(axis=0) / f(2)
+            buffer = delta + f(0.6) * buffer
+            slow = slow + f(-0.7) * (delta + f(0.6) * buffer)
+            update = slow - local
+        local = local + update
+        np.testing.assert_array_equal(params, local)
+        np.testing.assert_array_equal(state.slow, np.stack([slow, slow]))
+    assert (state.sent, state.residual, state.skipped, state.met) == ((), (), (), ())
+
+
+def test_schedules_count_the_outer_steps_of_their_fragment():
+    optimizer = nag_jax.outer(
+        optax.sgd(1.0), optax.sgd(lambda k: jnp.where(k == 1, 1.0, 0.0)), every=4, fragments=2
+    )
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    state, seen = optimizer.init(params), []
+    for _ in range(12):
+        updates, state = optimizer.update({"a": -jnp.ones(2), "b": -jnp.ones(2)}, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append((float(state.slow["a"][0]), float(state.slow["b"][0])))
+    # Steps 2, 6, 10 are those of "a", steps 4, 8, 12 those of "b"; only the second of each moves.
+    assert seen == [(0, 0)] * 5 + [(4, 0)] * 2 + [(4, 4)] * 5
+
+
+def test_a_checkpoint_within_a_delayed_round_resumes_bit_for_bit(tmp_path):
+    start, *data = problem(2, jnp.float32)
+    start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), start)
+    options = dict(slow_dtype=jnp.float32, weighted=True, memory_kind="pinned_host")
+    optimizer = make(3, 4, 0.5, **options)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(params, state, sync):
+        one = jax.vmap(step_of(optimizer, sync), axis_name=AXIS)
+        return one(params, state, *data, jnp.array([1.0, 2.0]))
+
+    def many(carry, steps):
+        for k in steps:
+            carry = step(*carry, nag_jax.meeting(k, every=7, fragments=3, delay=4))
+        return carry
+
+    begin = start, jax.vmap(optimizer.init)(start)
+    whole = jax.device_get(many(begin, range(1, 21)))
+    half = many(begin, range(1, 10))
+    assert np.any(half[1].sent.mean["c"] != 0)  # on its way
+    (tmp_path / "state").write_bytes(pickle.dumps(jax.device_get(half)))
+    saved = pickle.loads((tmp_path / "state").read_bytes())
+    resumed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), saved, half)
+    chex.assert_trees_all_equal(jax.device_get(many(resumed, range(10, 21))), whole)
+    without = resumed[1]._replace(sent=jax.tree.map(jnp.zeros_like, resumed[1].sent))
+    other = jax.device_get(many((resumed[0], without), range(10, 21)))
+    assert np.max(np.abs(other[1].slow["c"] - whole[1].slow["c"])) > 1e-3
+
+
+def test_buffers_in_host_memory_change_no_bit_and_leave_the_device():
+    start, *data = problem(2, jnp.float32)
+    results = []
+    for memory_kind in ("pinned_host", None):
+        optimizer = make(2, 1, 0.5, memory_kind=memory_kind)
+
+        @functools.partial(jax.jit, static_argnums=2, donate_argnums=(0, 1))
+        def step(params, state, sync, optimizer=optimizer):
+            return jax.vmap(step_of(optimizer, sync), axis_name=AXIS)(params, state, *data)
+
+        params, state = jax.tree.map(jnp.copy, start), jax.vmap(optimizer.init)(start)
+        for k in range(1, 17):
+            params, state = step(params, state, nag_jax.meeting(k, every=7, fragments=2, delay=1))
+        x = jax.vmap(nag_jax.eval_params)(params, state)
+        exact = jax.jit(jax.vmap(nag_jax.resynchronize))(params, state)
+        results.append(jax.device_get((params, state, x, exact)))
+        for leaf in jax.tree.leaves((state.slow, state.outer, state.sent.mean)):
+            assert leaf.sharding.memory_kind == (memory_kind or "device")
+        for leaf in jax.tree.leaves((params, state.inner, state.steps)):
+            assert leaf.sharding.memory_kind == "device"
+    chex.assert_trees_all_equal(*results)
+
+
+def test_fragments_are_successive_leaves_of_balanced_size():
+    def sizes(leaves, fragments):
+        params = [jnp.zeros(n) for n in leaves]
+        state = nag_jax.outer(optax.sgd(1.0), optax.sgd(1.0, 0.9), every=9, fragments=fragments)
+        parts = state.init(params).outer.inner_states.values()
+        return [[x.size for x in jax.tree.leaves(part)] for part in parts]
+
+    assert sizes([4, 3, 5, 2], 2) == [[4, 3], [5, 2]]
+    assert sizes([4, 3, 5, 2], 4) == [[4], [3], [5], [2]]
+    assert sizes([9, 1, 1, 1], 3) == [[9], [1, 1], [1]]
+    assert sizes([1] * 8, 4) == [[1, 1]] * 4
+    assert sizes([1, 1, 9], 3) == [[1], [1], [9]]
+
+
+class Halves:
+    """A mean that sends halves and keeps the rest, to see what it is given."""
+
+    def init(self, params):
+        return jax.tree.map(jnp.zeros_like, params), jnp.zeros([], jnp.int32)
+
+    def mean(self, tree, residual, axis_name, weight, step):
+        kept, steps = residual
+        total = jax.tree.map(jnp.add, tree, kept)
+        sent = jax.tree.map(lambda x: x / 2, total)
+        share = weight / jnp.maximum(jax.lax.psum(weight, axis_name), 1e-9)
+        mean = jax.tree.map(lambda x: jax.lax.psum(share * x, axis_name), sent)
+        return mean, (jax.tree.map(jnp.subtract, total, sent), steps + step)
+
+
+def test_communicate_computes_the_mean_and_keeps_a_residual_of_each_worker():
+    """Halves of a displacement now, the rest later: three rounds by hand."""
+    optimizer = nag_jax.outer(
+        optax.sgd(1.0), optax.sgd(1.0), every=1, axis_name=AXIS, weighted=True, communicate=Halves()
+    )
+    step = jax.jit(jax.vmap(lambda g, s, p, w: optimizer.update(g, s, p, weight=w), axis_name=AXIS))
+    params = jnp.zeros((2, 3))
+    state = jax.vmap(optimizer.init)(params)
+    gradient, kept, slow = np.array([[1.0], [4.0]]), np.zeros((2, 1)), 0.0
+    for _ in range(3):
+        updates, state = step(
+            jnp.broadcast_to(gradient, (2, 3)), state, params, jnp.array([3.0, 1])
+        )
+        params = optax.apply_updates(params, updates)
+        total = gradient + kept
+        kept = total / 2
+        slow -= 0.75 * total[0, 0] / 2 + 0.25 * total[1, 0] / 2
+        np.testing.assert_allclose(state.slow, slow, rtol=1e-6)
+        np.testing.assert_allclose(state.residual.kept[0], np.tile(kept, 3), rtol=1e-6)
+    assert state.residual.count.tolist() == [3, 3]
+    assert state.residual.kept[1].tolist() == [0 + 1 + 2] * 2
+    parts = nag_jax.outer(
+        optax.sgd(1.0), optax.sgd(1.0), every=4, fragments=2, axis_name=AXIS, weighted=True,
+        communicate=Halves(),
+    )  # fmt: skip
+    start, *data = problem(2, jnp.float32)
+    params, state = start, jax.vmap(parts.init)(start)
+    workers = over_workers(step_of(parts), "vmap", 2)
+    for _ in range(2):
+        params, state = workers(params, state, *data, jnp.ones(2))
+    first, second = (state.residual.kept.inner_states[p][0] for p in "01")
+    assert (first["c"], second["a"]) == (None, None)
+    assert np.all(first["a"] != 0)
+    assert np.all(second["c"] == 0)  # its turn comes two steps later
+
+
+def test_errors():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    outer = functools.partial(nag_jax.outer, optax.sgd(0.1), optax.sgd(0.7))
+    for match, options in {
+        r"fragments must be at most every, 2, got 3": dict(every=2, fragments=3),
+        r"fragments must be an int of at least 1, got 0": dict(every=2, fragments=0),
+        r"delay must be less than every, 4, got 4": dict(every=4, delay=4),
+        r"delay must be an int of at least 0, got -1": dict(every=4, delay=-1),
+        r"mixing must be in \[0, 1\], got 1.5": dict(every=4, mixing=1.5),
+        r'memory_kind must be "pinned_host" or None .*, got \'device\'': dict(
+            every=4, memory_kind="device"
+        ),
+        r"weighted needs axis_name": dict(every=4, weighted=True),
+        r"communicate needs axis_name": dict(every=4, communicate=Halves()),
+        r"communicate must be None or have the methods": dict(every=4, communicate="int8"),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            outer(**options)
+    with pytest.raises(ValueError, match=r"at most the number of arrays in params, 2, got 3"):
+        outer(every=4, fragments=3).init(params)
+    plain, parts = outer(every=4), outer(every=4, fragments=2)
+    weighted = outer(every=4, axis_name=AXIS, weighted=True)
+    for match, optimizer, options in (
+        (r"weight must be in \[0, inf\), got -1", weighted, dict(weight=-1.0)),
+        (r"weight must be a real scalar, got float32\[3\]", weighted, dict(weight=jnp.ones(3))),
+        (r"weight was given to an optimizer without weights", plain, dict(weight=1.0)),
+        (r"sync must be False or what nag_jax.meeting returns", parts, dict(sync=True)),
+        (r"sync must come from nag_jax.meeting with the same fragments=2 and delay=0", parts,
+         dict(sync=nag_jax.Meeting(2, 2))),
+        (r"sync must come from nag_jax.meeting", parts, dict(sync=nag_jax.Meeting(1, 0))),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            optimizer.update(params, optimizer.init(params), params, **options)
+    hosted = outer(every=4, memory_kind="pinned_host")
+    with pytest.raises(
+        ValueError, match=r"memory_kind='pinned_host' needs a step that is compiled"
+    ):
+        jax.jit(hosted.update)(params, hosted.init(params), params)
+    with pytest.raises(ValueError, match=r"step must be an int of at least 1, got 0"):
+        nag_jax.meeting(0, every=4)

@@ -210,21 +210,20 @@ def outer(
         outer_state = joined(
             [outer_optimizer.init(part) for part in parts(slow, numbers, fragments)]
         )
-        sent, residual = (), ()
-        if delay:
-            total = jnp.zeros([fragments]) if weighted else ()
-            sent = Sent(wide_zeros(params), total)
+        mean = wide_zeros(params) if delay else ()
+        if memory_kind is not None:
+            slow, outer_state, mean = on_host((slow, outer_state, mean))
+        residual = ()
         if communicate is not None:
             kept = [communicate.init(part) for part in parts(params, numbers, fragments)]
             residual = Residual(joined(kept), jnp.zeros([], jnp.int32))
-        if memory_kind is not None:
-            slow, outer_state, sent = on_host((slow, outer_state, sent))
+        total = jnp.zeros([fragments]) if weighted else ()
         return OuterState(
             inner.init(params),
             slow,
             outer_state,
             jnp.zeros([], jnp.int32),
-            sent,
+            Sent(mean, total) if delay else (),
             residual,
             skipped=jnp.zeros([], jnp.int32) if weighted else (),
             met=jnp.zeros([fragments], bool) if fragments > 1 or delay or mixing else (),
