@@ -114,8 +114,10 @@ def steps() -> dict[str, bool]:
         "`nag` and the rules with constant coefficients take about as long as optax": all(
             ratio < 1.1 for key in ("nag", "nag, sutskever", *constant) for ratio in ratios(key)
         ),
-        "A restart costs up to half as much again": 1.3 < max(ratios("fista with restart")) < 1.6,
-        "int8 storage trades time for memory": min(ratios("nag, int8_blocks")) > 1.2,
+        "takes up to four times as long on large leaves": (
+            3.5 < max(ratios("fista with restart")) < 4.5
+        ),
+        "On a CPU int8 storage trades time for memory": min(ratios("nag, int8_blocks")) > 1.2,
         "PyTorch's fused step is faster in every shape": max(ratios("torch fused")) < 1,
         "XLA can merge the two loops": form[old, True]["loops"] == 1,
         "Without the flag the same form copies the buffer and is slower": (

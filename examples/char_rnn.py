@@ -75,8 +75,8 @@ def sample(graphdef: nnx.GraphDef, params: optax.Params, keys: jax.Array) -> jax
 def main(argv: list[str] | None = None) -> float:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a UTF-8 file; default: Python's documentation")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the data")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     options = parser.parse_args(argv)
     if options.epochs < 1:
         parser.error("--epochs must be at least 1")

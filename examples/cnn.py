@@ -19,6 +19,7 @@ from flax import nnx
 import nag_jax
 
 BATCH_SIZE = 128
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
 Data = tuple[jax.Array, jax.Array]  # images, uint8 [n, 28, 28, 1], and labels, uint8 [n]
 
 
@@ -61,16 +62,16 @@ def train_step(model: CNN, optimizer: nnx.Optimizer, batch: Data, key: jax.Array
 
 def main(argv: list[str] | None = None) -> float:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=FOLDER, help="folder of the .gz files")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the data")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     parser.add_argument("--out", type=Path, default=Path("runs/cnn"), help="folder of checkpoints")
     options = parser.parse_args(argv)
     if options.epochs < 1:
         parser.error("--epochs must be at least 1")
     try:
         (images, labels), test = load(options.data, "train"), load(options.data, "t10k")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         parser.error(f"{error.filename} is missing; 'apt install dataset-fashion-mnist' or see -h")
 
     rngs = nnx.Rngs(options.seed)

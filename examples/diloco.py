@@ -80,9 +80,9 @@ def train(every: int, steps: int, key: jax.Array, images: jax.Array, labels: jax
 
 def main(argv: list[str] | None = None) -> list[Row]:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=512, help="number of updates")
     parser.add_argument("--every", type=int, nargs="+", default=[8, 32, 128], help="H, one or more")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
     options = parser.parse_args(argv)
     if options.steps < 1 or any(every < 1 or options.steps % every for every in options.every):
         parser.error("--steps must be at least 1, and each --every must divide it")

@@ -19,6 +19,7 @@ from flax import nnx
 import nag_jax
 
 BATCH_SIZE, LATENT, PIXELS = 128, 64, 28 * 28
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
 Networks = tuple[nnx.Sequential, nnx.Sequential]  # generator and discriminator
 Optimizers = tuple[nnx.Optimizer, nnx.Optimizer]
 
@@ -72,9 +73,9 @@ def train_step(
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=FOLDER, help="folder of the .gz files")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the data")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     parser.add_argument("--out", type=Path, default=Path("runs/gan.png"), help="drawn images")
     options = parser.parse_args(argv)
     if options.epochs < 1:

@@ -72,9 +72,9 @@ def save_curves(path: Path, history: np.ndarray) -> None:
 
 def main(argv: list[str] | None = None) -> float:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the data")
     parser.add_argument("--learning-rate", type=float, default=0.1, help="of the first step")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     parser.add_argument("--out", type=Path, default=Path("runs/mlp.png"), help="plot of the curves")
     options = parser.parse_args(argv)
     if options.epochs < 1:

@@ -73,8 +73,8 @@ def train_on_all(
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=200, help="number of updates")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
     options = parser.parse_args(argv)
     if options.steps < 1:
         parser.error("--steps must be at least 1")

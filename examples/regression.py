@@ -68,8 +68,8 @@ def train(
 
 def main(argv: list[str] | None = None) -> list[float]:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1000, help="number of updates")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and data")
     options = parser.parse_args(argv)
     if options.steps < 1:
         parser.error("--steps must be at least 1")

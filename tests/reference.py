@@ -365,9 +365,9 @@ def fista_backtracking(
 ):  # fmt: skip
     """Scheinberg, Goldfarb, Bai 2014: a failed test shortens the step and moves the query point.
 
-    A shorter step from the same query point is no retry; it is taken where there is no momentum,
-    and while lr t^2 gets no smaller. Where there is no momentum the step is lengthened, too, as far
-    as the test allows. The growth is grow[0] until the first retry.
+    A shorter step from the same query point does not count as a retry. It is taken where there is
+    no momentum, and as long as lr t^2 does not decrease. Without momentum the step is also
+    lengthened, as far as the test allows. The growth is grow[0] until the first retry.
     Returns (query point, iterate, learning rate tried next, certificate, event) after each
     gradient; the certificate is 1/(2 lr t^2), None where there was no step.
     """

@@ -1,4 +1,4 @@
-"""What is no number is refused by every factory where it is called, in words that say what is."""
+"""Every factory refuses what is not a number when it is called, and says what is allowed."""
 
 import functools
 import inspect

@@ -82,7 +82,7 @@ def test_int8_costs_nothing_where_leaves_are_small(chip):
     "shape", [(50257, 2816), (32768, 1000), (12288, 128, 64), (3, 3, 1024, 8192)]
 )
 def test_int8_buffers_of_any_shape_are_not_copied(shape, chip):
-    """Whatever layout XLA chooses: odd lengths, a last axis that is no multiple of a tile."""
+    """Whatever layout XLA chooses: odd lengths, a last axis that is not a multiple of a tile."""
     program = measured("nag, int8_blocks", chip, (shape,))
     assert program.temporaries < 0.2
     # On a TPU the int8 numbers of the smaller leaves pass through the memory on the chip, and XLA

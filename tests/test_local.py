@@ -340,7 +340,7 @@ def test_a_float32_slow_copy_keeps_what_bfloat16_params_lose():
         assert state.slow.dtype == (slow_dtype or jnp.bfloat16)
         moved[slow_dtype] = float(1 - params[0])
         resting = state
-        for _ in range(2):  # rounding of params is no displacement
+        for _ in range(2):  # rounding of params is not a displacement
             _, resting = optimizer.update(jnp.zeros(3), resting, params)
         np.testing.assert_array_equal(resting.slow, state.slow)
     assert moved[jnp.float32] == pytest.approx(20 * 2 / 128 / 10, abs=1 / 128)

@@ -507,7 +507,7 @@ def test_complex_parameters_descend(mode):
 @pytest.mark.parametrize("mode", ["jit", "shard_map"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_other_axes_of_the_mesh_stay_free(mode, accumulate):
-    """Tensor parallelism beside data parallelism."""
+    """Tensor parallelism together with data parallelism."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
     columns = {"w": P(None, "model"), "b": P("model"), "out": P("model")}
     params = {

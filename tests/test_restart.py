@@ -331,6 +331,8 @@ def test_any_function_is_a_condition():
 
 
 def test_errors():
+    with pytest.raises(ValueError, match=r"call it, as in restart.every\(100\)"):
+        nag_jax.fista(0.1, restart=nag_jax.restart.every)
     with pytest.raises(ValueError, match=r"restart must be one of .* got 'gradients'"):
         nag_jax.accelerate(rules.fista(), restart="gradients")
     for rule in (rules.heavy_ball(0.9), rules.gpa(), rules.trace(0.9)):

@@ -86,7 +86,7 @@ def split_params(mesh):
 
 
 class Needy(NamedTuple):
-    """An optimizer that is no case of the contract: it needs the value, or the whole objective."""
+    """An optimizer outside the contract test, since it needs the value or the objective."""
 
     optimizer: optax.GradientTransformationExtraArgs
 

@@ -108,8 +108,8 @@ def test_what_is_not_finite_from_the_start(bad):
         assert reason(default) == "NOT_FINITE"
 
 
-def test_a_value_that_is_not_finite_is_no_success():
-    """A gradient of zero beside a value of NaN."""
+def test_a_value_that_is_not_finite_is_not_a_success():
+    """A gradient of zero with a value of NaN."""
     fun = lambda p: jnp.sum(p**2) + jax.lax.stop_gradient(jnp.nan)
     result = minimize(fun, jnp.zeros(3), nag_jax.nag(0.1))
     assert reason(result) == "TOLERANCE"

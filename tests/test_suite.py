@@ -1,4 +1,4 @@
-"""backtracking beside NAG with a restart and known L: what benchmarks/stepsizes.py measured."""
+"""backtracking against NAG with a restart and known L, as benchmarks/stepsizes.py measured."""
 
 import json
 

@@ -1,5 +1,6 @@
 """Momentum in int8: blocks of numbers that share one float32 scale."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -125,7 +126,7 @@ def int8_blocks(
         def scale(m: jax.Array) -> jax.Array:
             if m.dtype != jnp.int8:
                 return jnp.zeros_like(m, jnp.int8)
-            return zero_scales(m, block_size, shards)
+            return scales_of(m, block_size, shards)
 
         m = zeros(params, jnp.int8, max(min_size, 2))  # empty leaves and scalars have no block
         derivative = float_zeros(m) if differentiable else ()
@@ -165,8 +166,8 @@ def blocks(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[int, .
     return (*shape[:axis], count, *shape[axis + 1 :])
 
 
-def zero_scales(m: jax.Array, block_size: int, shards: int) -> jax.Array:
-    """The scales of a zero buffer, sharded as the buffer is."""
+def scales_of(m: jax.Array, block_size: int, shards: int) -> jax.Array:
+    """The scales that ``m`` needs, sharded as ``m`` is."""
     counts = blocks(m.shape, block_size, shards)
     mesh, spec = jax.typeof(m).sharding.mesh, _explicit_spec(m)
     parts = [math.prod(mesh.shape[name] for name in jax.tree.leaves(axes)) for axes in spec]
@@ -187,31 +188,36 @@ def rescale(x: jax.Array, scales: jax.Array) -> jax.Array:
     return _largest(jax.lax.stop_gradient(x), scales.shape)
 
 
-@jax.jit
-def encode(x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
-    """The integers that stand for ``x``, stochastically rounded by 16 random ``bits``."""
-    inverse = jnp.where(scales > _TINY, _LEVELS**2 / scales, 0)
+@functools.partial(jax.jit, static_argnums=3)
+def encode(x: jax.Array, scales: jax.Array, bits: jax.Array, levels: int = _LEVELS) -> jax.Array:
+    """The integers from -levels to levels that stand for ``x``, stochastically rounded.
+
+    ``bits`` are 16 random bits for each element.
+    """
+    inverse = jnp.where(scales > _TINY, levels**2 / scales, 0)
     square = jnp.abs(x).astype(jnp.float32) * _spread(inverse, x.shape)
     q = jnp.floor(jnp.sqrt(square))
     # Between q**2 and (q + 1)**2, up with the probability that makes the mean exact.
     noise = (bits.astype(jnp.float32) + 0.5) / 2**16
-    q = jnp.minimum(jnp.where(square - q * q > noise * (2 * q + 1), q + 1, q), _LEVELS)
+    q = jnp.minimum(jnp.where(square - q * q > noise * (2 * q + 1), q + 1, q), levels)
     signed = jnp.where(x < 0, -q, q)
     return jnp.where(jnp.isfinite(square), signed, 0).astype(jnp.int8)  # or the scale shows it
 
 
-@jax.jit
-def decode(m: jax.Array, scales: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def decode(m: jax.Array, scales: jax.Array, levels: int = _LEVELS) -> jax.Array:
     """The float32 numbers that ``encode`` stored; ``m`` itself where it is not int8."""
     if m.dtype != jnp.int8:
         return m
     q = m.astype(jnp.float32)
-    return q * jnp.abs(q) * _spread(scales / _LEVELS**2, m.shape)
+    return q * jnp.abs(q) * _spread(scales / levels**2, m.shape)
 
 
 def _largest(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
-    """The largest magnitude in each block, float32; NaN where there is one."""
+    """The largest magnitude in each block, float32; infinite if a number is not finite."""
     magnitude = jnp.abs(x).astype(jnp.float32)
+    # In jax 0.10 and 0.12 the maximum of an array on CPU may ignore a NaN.
+    magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)
     axis = _axis(x.shape, counts)
     if counts[axis] == 1:
         return jnp.max(magnitude, axis=axis, keepdims=True)

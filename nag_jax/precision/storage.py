@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -42,10 +43,13 @@ def choose(accumulator_dtype: BufferDType) -> Storage:
     if isinstance(accumulator_dtype, Storage):
         return accumulator_dtype
     if accumulator_dtype is not None and not is_inexact(accumulator_dtype):
+        remedy = as_static("accumulator_dtype")
+        if isinstance(accumulator_dtype, FunctionType):  # such as int8_blocks without ()
+            remedy = f"call it, as in {accumulator_dtype.__name__}()"
         raise ValueError(
             "accumulator_dtype must be a floating or complex dtype such as jnp.float32, a storage "
             "such as nag_jax.stochastic_bfloat16(), or None for the dtype of each parameter, got "
-            f"{accumulator_dtype!r}; {as_static('accumulator_dtype')}"
+            f"{accumulator_dtype!r}; {remedy}"
         )
 
     def store(x: Updates, m: Params, memory: PyTree) -> tuple[Params, PyTree]:

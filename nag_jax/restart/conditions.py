@@ -16,12 +16,14 @@ def by_name(condition: RestartLike) -> Condition | None:
       A condition or None.
 
     Raises:
-      ValueError: for anything else.
+      ValueError: for anything else, also for ``every`` without its number of steps.
 
     Example:
       >>> nag_jax.restart.by_name("speed") is nag_jax.restart.speed
       True
     """
+    if condition is every:
+        raise ValueError("restart got restart.every itself; call it, as in restart.every(100)")
     if condition is None or callable(condition):
         return condition
     named = {"gradient": gradient, "value": value, "speed": speed}

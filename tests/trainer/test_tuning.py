@@ -80,7 +80,7 @@ def test_a_plateau_lowers_the_rate_of_the_next_update(tmp_path, name, clip_norm)
     same = [a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-6)
             for a, b in zip(rows, other, strict=True)]  # fmt: skip
     assert same == [True, True, False, False]
-    # Killed after the second epoch: goes on with the same numbers.
+    # Killed after the second epoch, it resumes with the same numbers.
     for folder in ("checkpoints", "best"):
         for step in (s for s in steps_in(tmp_path / "run" / folder) if s > 22):
             shutil.rmtree(tmp_path / "run" / folder / str(step))

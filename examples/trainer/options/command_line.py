@@ -24,6 +24,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
     """Parses with absl; exits with one line instead of a traceback."""
     logging.set_verbosity(logging.WARNING)
     try:
+        arguments = ["--help" if argument == "-h" else argument for argument in arguments]
         rest = flags.FLAGS([with_home(argument) for argument in arguments])
         flags.FLAGS.config.keys()  # raises any error from loading the file
         return rest
@@ -51,8 +52,10 @@ def explain(error: Exception) -> str:
         return f"{group[1]} is a group of fields; set one of them: --config.optimizer.name=adam"
     if trace := re.search(r"flag --config=(.*?): Error whilst parsing .*\n(\S.*)", message, re.S):
         return f"{trace[1]}: {trace[2]}"
+    if message.startswith("Unknown command line flag"):
+        return f"{message}; a field of the config is set by --config.NAME=VALUE; see --help"
     if missing_file := re.search("No such file or directory: '.*'", message):
-        return f"{missing_file[0]}; configs/ has a file for each recipe"
+        return f"{missing_file[0]}; configs/ has {', '.join(f'{name}.py' for name in _RECIPES)}"
     return message or type(error).__name__
 
 
