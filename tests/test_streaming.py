@@ -13,6 +13,7 @@ import reference
 from workers import AXIS, EVERY_WAY, over_workers
 
 import nag_jax
+from nag_jax.methods import communication
 
 SIZES = {"a": 4, "b": 3, "c": 5, "d": 2}
 SLICES = {
@@ -216,7 +217,7 @@ def test_plain_rounds_are_those_of_one_short_recurrence_bit_for_bit():
         local = local + update
         np.testing.assert_array_equal(params, local)
         np.testing.assert_array_equal(state.slow, np.stack([slow, slow]))
-    assert (state.sent, state.residual, state.skipped, state.met) == ((), (), (), ())
+    assert (state.sent, state.feedback, state.skipped, state.met) == ((), (), (), ())
 
 
 def test_schedules_count_the_outer_steps_of_their_fragment():
@@ -236,7 +237,9 @@ def test_schedules_count_the_outer_steps_of_their_fragment():
 def test_a_checkpoint_within_a_delayed_round_resumes_bit_for_bit(tmp_path):
     start, *data = problem(2, jnp.float32)
     start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), start)
-    options = dict(slow_dtype=jnp.float32, weighted=True, memory_kind="pinned_host")
+    options = dict(
+        slow_dtype=jnp.float32, weighted=True, memory_kind="pinned_host", send_dtype=jnp.int8
+    )
     optimizer = make(3, 4, 0.5, **options)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -252,7 +255,7 @@ def test_a_checkpoint_within_a_delayed_round_resumes_bit_for_bit(tmp_path):
     begin = start, jax.vmap(optimizer.init)(start)
     whole = jax.device_get(many(begin, range(1, 21)))
     half = many(begin, range(1, 10))
-    assert np.any(half[1].sent.mean["c"] != 0)  # on its way
+    assert np.any(half[1].sent.mean["d"] != 0)  # on its way
     (tmp_path / "state").write_bytes(pickle.dumps(jax.device_get(half)))
     saved = pickle.loads((tmp_path / "state").read_bytes())
     resumed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), saved, half)
@@ -260,7 +263,7 @@ def test_a_checkpoint_within_a_delayed_round_resumes_bit_for_bit(tmp_path):
     lost = lambda x: jax.device_put(np.zeros_like(x), x.sharding)
     without = resumed[1]._replace(sent=jax.tree.map(lost, resumed[1].sent))
     other = jax.device_get(many((resumed[0], without), range(10, 21)))
-    assert np.max(np.abs(other[1].slow["c"] - whole[1].slow["c"])) > 1e-3
+    assert np.max(np.abs(other[1].slow["d"] - whole[1].slow["d"])) > 1e-3
 
 
 def test_buffers_in_host_memory_change_no_bit_and_leave_the_device():
@@ -300,55 +303,51 @@ def test_fragments_are_successive_leaves_of_balanced_size():
     assert sizes([1, 1, 9], 3) == [[1], [1], [9]]
 
 
-class Halves:
-    """A mean that sends halves and keeps the rest, to see what it is given."""
-
-    def init(self, params):
-        return jax.tree.map(jnp.zeros_like, params), jnp.zeros([], jnp.int32)
-
-    def mean(self, tree, residual, axis_name, weight, step):
-        kept, steps = residual
-        total = jax.tree.map(jnp.add, tree, kept)
-        sent = jax.tree.map(lambda x: x / 2, total)
-        share = weight / jnp.maximum(jax.lax.psum(weight, axis_name), 1e-9)
-        mean = jax.tree.map(lambda x: jax.lax.psum(share * x, axis_name), sent)
-        return mean, (jax.tree.map(jnp.subtract, total, sent), steps + step)
-
-
-def test_communicate_computes_the_mean_and_keeps_a_residual_of_each_worker():
-    """Halves of a displacement now, the rest later: three rounds by hand."""
+@pytest.mark.parametrize("send_dtype", [jnp.bfloat16, jnp.int8, jnp.int4])
+def test_send_dtype_sends_rounded_displacements_and_keeps_the_rest(send_dtype):
+    """Fragments and a delay, with what communication.mean_of_workers returns, by hand."""
     optimizer = nag_jax.outer(
-        optax.sgd(1.0), optax.sgd(1.0), every=1, axis_name=AXIS, weighted=True, communicate=Halves()
-    )
-    step = jax.jit(jax.vmap(lambda g, s, p, w: optimizer.update(g, s, p, weight=w), axis_name=AXIS))
-    params = jnp.zeros((2, 3))
-    state = jax.vmap(optimizer.init)(params)
-    gradient, kept, slow = np.array([[1.0], [4.0]]), np.zeros((2, 1)), 0.0
-    for _ in range(3):
-        updates, state = step(
-            jnp.broadcast_to(gradient, (2, 3)), state, params, jnp.array([3.0, 1])
-        )
-        params = optax.apply_updates(params, updates)
-        total = gradient + kept
-        kept = total / 2
-        slow -= 0.75 * total[0, 0] / 2 + 0.25 * total[1, 0] / 2
-        np.testing.assert_allclose(state.slow, slow, rtol=1e-6)
-        np.testing.assert_allclose(state.residual.kept[0], np.tile(kept, 3), rtol=1e-6)
-    assert state.residual.count.tolist() == [3, 3]
-    assert state.residual.kept[1].tolist() == [0 + 1 + 2] * 2
-    parts = nag_jax.outer(
-        optax.sgd(1.0), optax.sgd(1.0), every=4, fragments=2, axis_name=AXIS, weighted=True,
-        communicate=Halves(),
+        optax.sgd(1.0), optax.sgd(1.0), every=2, fragments=2, delay=1, axis_name=AXIS,
+        weighted=True, send_dtype=send_dtype,
     )  # fmt: skip
-    start, *data = problem(2, jnp.float32)
-    params, state = start, jax.vmap(parts.init)(start)
-    workers = over_workers(step_of(parts), "vmap", 2)
-    for _ in range(2):
-        params, state = workers(params, state, *data, jnp.ones(2))
-    first, second = (state.residual.kept.inner_states[p][0] for p in "01")
-    assert (first["c"], second["a"]) == (None, None)
-    assert np.all(first["a"] != 0)
-    assert np.all(second["c"] == 0)  # its turn comes two steps later
+    rng = np.random.default_rng(0)
+    start = {name: jnp.zeros((2, 32, 64)) for name in "ab"}
+    pull = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), start)
+    weight = jnp.array([1.0, 3.0])
+
+    def worker(params, state, gradient, weight):
+        updates, state = optimizer.update(gradient, state, params, weight=weight)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(jax.vmap(worker, axis_name=AXIS))
+    mean = jax.jit(
+        jax.vmap(
+            lambda tree, state, weight: communication.mean_of_workers(
+                tree, state, AXIS, weight, send_dtype
+            ),
+            axis_name=AXIS,
+        )
+    )
+    params, state = start, jax.vmap(optimizer.init)(start)
+    local, slow, on_the_way = start, dict(start), {}
+    only = lambda name, x: dict.fromkeys(start) | {name: x}  # the other fragment is None
+    kept = {name: jax.vmap(communication.start)(only(name, start[name])) for name in start}
+    for k in range(1, 10):
+        params, state = step(params, state, pull, weight)
+        local = jax.tree.map(jnp.subtract, local, pull)
+        for name, first in (("a", 1), ("b", 2)):
+            if k >= first and (k - first) % 2 == 0:
+                moved = only(name, slow[name] - local[name])
+                on_the_way[name], kept[name] = mean(moved, kept[name], weight)
+            if k > first and (k - 1 - first) % 2 == 0:
+                slow[name] = slow[name] - on_the_way[name][name]
+                local[name] = slow[name]
+        chex.assert_trees_all_close(state.slow, slow, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(params, local, rtol=1e-5, atol=1e-5)
+    parts = state.feedback.inner_states
+    np.testing.assert_allclose(parts["0"].residual["a"], kept["a"].residual["a"], atol=1e-5)
+    assert parts["0"].residual["b"] is None
+    assert np.any(parts["1"].residual["b"] != 0)
 
 
 def test_errors():
@@ -364,8 +363,10 @@ def test_errors():
             every=4, memory_kind="device"
         ),
         r"weighted needs axis_name": dict(every=4, weighted=True),
-        r"communicate needs axis_name": dict(every=4, communicate=Halves()),
-        r"communicate must be None or have the methods": dict(every=4, communicate="int8"),
+        r"send_dtype needs axis_name": dict(every=4, send_dtype=jnp.int8),
+        r"send_dtype must be jnp.bfloat16, .* or None, got 'int16'": dict(
+            every=4, axis_name=AXIS, send_dtype="int16"
+        ),
     }.items():
         with pytest.raises(ValueError, match=match):
             outer(**options)

@@ -1,7 +1,6 @@
 """The mean over workers, the only place where ``outer`` communicates."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,66 +9,39 @@ from jax.sharding import AxisType
 
 from nag_jax._arithmetic import map_gradients, real_like
 from nag_jax._checks import check_range, given_scalar
-from nag_jax._types import ArrayLike, AxisName, Params, PyTree, Tree, Updates
-
-
-class Communicate(Protocol):
-    """How a mean over workers is computed, with what each worker keeps for the next one."""
-
-    def init(self, params: Params, /) -> PyTree:
-        """The residual of a worker before the first mean."""
-        ...
-
-    def mean(
-        self,
-        tree: Updates,
-        residual: PyTree,
-        axis_name: AxisName,
-        weight: jax.Array | None,
-        step: jax.Array,
-        /,
-    ) -> tuple[Updates, PyTree]:
-        """The mean, the same on all workers, and the new residual of this worker.
-
-        Args:
-          tree: displacements in at least float32; None where there is no gradient. They are 0
-            where the weight is.
-          residual: what ``init`` or the last call returned.
-          axis_name: the axis or axes of the workers.
-          weight: of this worker, shape=(), float32, at least 0; None: all have the same. If all
-            are 0, the mean is not used but must be computed without an error.
-          step: how many means were computed before, shape=(), int32.
-        """
-        ...
+from nag_jax._types import ArrayLike, AxisName, DTypeLike, PyTree, Tree, Updates
+from nag_jax.methods import communication
+from nag_jax.methods.communication import FeedbackState
 
 
 def mean_of_workers(
     difference: Updates,
     axis_name: AxisName | None,
-    weight: jax.Array | None = None,
-    communicate: Communicate | None = None,
-    residual: PyTree = (),
-    step: jax.Array | None = None,
-) -> tuple[Updates, jax.Array | tuple[()], PyTree]:
-    """The weighted mean of a tree, the sum of the weights, and the new residual.
+    weight: jax.Array | None,
+    send_dtype: DTypeLike | None,
+    feedback: FeedbackState | tuple[()],
+) -> tuple[Updates, jax.Array | tuple[()], FeedbackState | tuple[()]]:
+    """The weighted mean of a tree, the sum of the weights, and the new state of the feedback.
 
     Workers of weight 0 may have any values, also some that are not finite. If all weights are 0,
     so is the mean. The sum is ``()`` if ``weight`` is None, which means equal weights.
     """
     if axis_name is None:
-        return difference, (), residual
+        return difference, (), feedback
     if weight is not None:
         difference = map_gradients(lambda d: jnp.where(weight > 0, d, 0), difference)
-    if communicate is not None:
+    if isinstance(feedback, FeedbackState):
         total = () if weight is None else jax.lax.psum(weight, axis_name)
-        mean, residual = communicate.mean(difference, residual, axis_name, weight, step)
-        return mean, total, residual
+        mean, feedback = communication.mean_of_workers(
+            difference, feedback, axis_name, weight, send_dtype
+        )
+        return mean, total, feedback
     if weight is None:
-        return _in_one_array(jax.lax.pmean, difference, axis_name), (), residual
+        return _in_one_array(jax.lax.pmean, difference, axis_name), (), feedback
     weighted = map_gradients(lambda d: real_like(weight, d) * d, difference)
     weighted, total = _in_one_array(jax.lax.psum, (weighted, weight), axis_name)
     divisor = jnp.where(total > 0, total, 1)
-    return map_gradients(lambda d: d / real_like(divisor, d), weighted), total, residual
+    return map_gradients(lambda d: d / real_like(divisor, d), weighted), total, feedback
 
 
 def _in_one_array(
@@ -87,20 +59,14 @@ def _in_one_array(
     return unravel(reduce(flat, axis_name))
 
 
-def check_workers(
-    axis_name: AxisName | None, weighted: bool, communicate: Communicate | None
-) -> None:
+def check_workers(axis_name: AxisName | None, weighted: bool, send_dtype: DTypeLike | None) -> None:
     """Raises ValueError for options of a mean that do not fit."""
-    if communicate is not None and not (
-        callable(getattr(communicate, "init", None))
-        and callable(getattr(communicate, "mean", None))
-    ):
+    if send_dtype is not None and send_dtype not in communication.DTYPES:
         raise ValueError(
-            "communicate must be None or have the methods init(params) and "
-            f"mean(tree, residual, axis_name, weight, step), got {communicate!r}"
+            f"send_dtype must be jnp.bfloat16, jnp.int8, jnp.int4 or None, got {send_dtype!r}"
         )
-    if axis_name is None and (weighted or communicate is not None):
-        name = "weighted" if weighted else "communicate"
+    if axis_name is None and (weighted or send_dtype is not None):
+        name = "weighted" if weighted else "send_dtype"
         raise ValueError(f"{name} needs axis_name, the axis of the workers, got None")
 
 

@@ -5,7 +5,6 @@ import optax
 from nag_jax._checks import check_range
 from nag_jax._descent import descent
 from nag_jax._types import AxisName, DTypeLike
-from nag_jax.methods._workers import Communicate
 from nag_jax.methods.nag import nag
 from nag_jax.methods.outer import outer
 
@@ -98,7 +97,7 @@ def diloco(
     mixing: float = 0.0,
     weighted: bool = False,
     memory_kind: str | None = None,
-    communicate: Communicate | None = None,
+    send_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """DiLoCo: workers train independently and synchronize every H steps by a Nesterov step.
 
@@ -146,5 +145,5 @@ def diloco(
         mixing=mixing,
         weighted=weighted,
         memory_kind=memory_kind,
-        communicate=communicate,
+        send_dtype=send_dtype,
     )

@@ -54,11 +54,11 @@ from nag_jax.methods._fragments import (
 )
 from nag_jax.methods._host import beside, check_memory_kind, on_device, on_host
 from nag_jax.methods._workers import (
-    Communicate,
     check_workers,
     given_weight,
     mean_of_workers,
 )
+from nag_jax.methods.communication import FeedbackState, start
 
 
 class Sent(NamedTuple):
@@ -66,13 +66,6 @@ class Sent(NamedTuple):
 
     mean: Updates  # like params, in at least float32
     total: jax.Array | tuple[()]  # of the weights of all workers, shape=(fragments,), float32
-
-
-class Residual(NamedTuple):
-    """What ``communicate`` keeps."""
-
-    kept: PyTree  # of this worker, for each fragment
-    count: jax.Array  # means computed, shape=(), int32
 
 
 class OuterState(NamedTuple):
@@ -83,7 +76,7 @@ class OuterState(NamedTuple):
     outer: OptState  # of the outer optimizer; with fragments optax.PartitionState, of one for each
     steps: jax.Array  # inner steps in this round, shape=(), int32
     sent: Sent | tuple[()] = ()  # with a delay
-    residual: Residual | tuple[()] = ()  # with communicate
+    feedback: PyTree = ()  # with send_dtype, for each fragment: what this worker has not yet sent
     skipped: jax.Array | tuple[()] = ()  # rounds without a worker, shape=(), int32; if weighted
     met: jax.Array | tuple[()] = ()  # fragments whose params are the slow copy, shape=(P,), bool
 
@@ -100,7 +93,7 @@ class Fragment(NamedTuple):
     slow: Params
     outer: OptState
     sent: Sent | tuple[()]
-    residual: PyTree
+    feedback: FeedbackState | tuple[()]
     skipped: jax.Array | tuple[()]  # of all fragments
 
 
@@ -116,7 +109,7 @@ def outer(
     mixing: float = 0.0,
     weighted: bool = False,
     memory_kind: str | None = None,
-    communicate: Communicate | None = None,
+    send_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies an outer optimizer to the displacement of every H steps of an inner one.
 
@@ -199,7 +192,7 @@ def outer(
     check_range("mixing", mixing, 0.0, 1.0, high_closed=True, static=True)
     check_dtype("slow_dtype", slow_dtype)
     check_memory_kind(memory_kind)
-    check_workers(axis_name, weighted, communicate)
+    check_workers(axis_name, weighted, send_dtype)
     inner = optax.with_extra_args_support(inner)
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)
 
@@ -213,10 +206,9 @@ def outer(
         mean = wide_zeros(params) if delay else ()
         if memory_kind is not None:
             slow, outer_state, mean = on_host((slow, outer_state, mean))
-        residual = ()
-        if communicate is not None:
-            kept = [communicate.init(part) for part in parts(params, numbers, fragments)]
-            residual = Residual(joined(kept), jnp.zeros([], jnp.int32))
+        feedback = ()
+        if send_dtype is not None:
+            feedback = joined([start(part) for part in parts(params, numbers, fragments)])
         total = jnp.zeros([fragments]) if weighted else ()
         return OuterState(
             inner.init(params),
@@ -224,7 +216,7 @@ def outer(
             outer_state,
             jnp.zeros([], jnp.int32),
             Sent(mean, total) if delay else (),
-            residual,
+            feedback,
             skipped=jnp.zeros([], jnp.int32) if weighted else (),
             met=jnp.zeros([fragments], bool) if fragments > 1 or delay or mixing else (),
         )
@@ -248,7 +240,6 @@ def outer(
                 "sync, a Python bool or what nag_jax.meeting returns, as a static argument"
             )
         numbers = numbered(state.slow, fragments)
-        count = state.residual.count if isinstance(state.residual, Residual) else None
 
         def inner_step() -> tuple[list[Updates], OptState]:
             proposed, inner_state = inner.update(updates, state.inner, params, **extra_args)
@@ -262,14 +253,14 @@ def outer(
             # branch computes the inner update again, and the choice between updates is outside.
             u = (inner_step()[0] if isinstance(due[p].sends, Tracer) else proposed)[p]
             difference = _displacement(u, params, on_device(old.slow))
-            mean, total, residual = mean_of_workers(
-                difference, axis_name, weight, communicate, old.residual, count
+            mean, total, feedback = mean_of_workers(
+                difference, axis_name, weight, send_dtype, old.feedback
             )
             sent = Sent(mean, total)
             if delay:
                 sent = Sent(filled(mean, old.sent.mean), total)
                 sent = jax.tree.map(_like, sent, old.sent)
-            return sent, jax.tree.map(_like, residual, old.residual)
+            return sent, jax.tree.map(_like, feedback, old.feedback)
 
         def apply(sent: Sent, old: Fragment) -> tuple[Params, OptState, PyTree]:
             mean, slow, outer_state = on_device((sent.mean, old.slow, old.outer))
@@ -283,20 +274,20 @@ def outer(
 
         def outer_step(p: int, old: Fragment) -> tuple[Updates, Fragment]:
             sends, applies = due[p]
-            slow, outer_state, sent, residual, skipped = old
+            slow, outer_state, sent, feedback, skipped = old
             if delay:
-                sent, residual = _branch(sends, lambda: send(p, old), (sent, residual))
+                sent, feedback = _branch(sends, lambda: send(p, old), (sent, feedback))
                 slow, outer_state, skipped = _branch(
                     applies, lambda: apply(old.sent, old), (slow, outer_state, skipped)
                 )
             else:
 
                 def meet() -> tuple[PyTree, ...]:
-                    sent, residual = send(p, old)
-                    return *apply(sent, old), residual
+                    sent, feedback = send(p, old)
+                    return *apply(sent, old), feedback
 
-                slow, outer_state, skipped, residual = _branch(
-                    applies, meet, (slow, outer_state, skipped, residual)
+                slow, outer_state, skipped, feedback = _branch(
+                    applies, meet, (slow, outer_state, skipped, feedback)
                 )
             u = proposed[p]
             if isinstance(applies, Tracer):
@@ -304,7 +295,7 @@ def outer(
                 u = map_gradients(choose, _update_to(slow, u, params, kept), u)
             elif applies:
                 u = _update_to(slow, u, params, kept)
-            return u, Fragment(slow, outer_state, sent, residual, skipped)
+            return u, Fragment(slow, outer_state, sent, feedback, skipped)
 
         # The share of its own params that a worker keeps in an outer step.
         kept = jnp.where(weight > 0, mixing, 0.0) if mixing and weighted else float(mixing)
@@ -321,16 +312,16 @@ def outer(
 def _split(state: OuterState, numbers: PyTree, fragments: int) -> list[Fragment]:
     slow = parts(state.slow, numbers, fragments)
     outer_states = separated(state.outer, fragments)
-    sent, residuals = [()] * fragments, [()] * fragments
+    sent, feedback = [()] * fragments, [()] * fragments
     if isinstance(state.sent, Sent):
         means = parts(state.sent.mean, numbers, fragments)
         total = lambda p: jax.tree.map(lambda x: x[p], state.sent.total)
         sent = [Sent(mean, total(p)) for p, mean in enumerate(means)]
-    if isinstance(state.residual, Residual):
-        residuals = separated(state.residual.kept, fragments)
+    if isinstance(state.feedback, FeedbackState | optax.PartitionState):
+        feedback = separated(state.feedback, fragments)
     return [
         Fragment(*of_one, state.skipped)
-        for of_one in zip(slow, outer_states, sent, residuals, strict=True)
+        for of_one in zip(slow, outer_states, sent, feedback, strict=True)
     ]
 
 
@@ -343,17 +334,15 @@ def _assembled(
     exact: bool,
 ) -> OuterState:
     """The state of these fragments, with the types and memories of the old one."""
-    slow, outer_states, sent, residuals, skipped = zip(*fragments, strict=True)
-    sends, applies = zip(*due, strict=True)
+    slow, outer_states, sent, feedback, skipped = zip(*fragments, strict=True)
     new = OuterState(inner, merged(slow), joined(outer_states), steps, skipped=skipped[-1])
     if isinstance(old.sent, Sent):
         total = jax.tree.map(lambda *totals: jnp.stack(totals), *(one.total for one in sent))
         new = new._replace(sent=Sent(merged([one.mean for one in sent]), total))
-    if isinstance(old.residual, Residual):
-        count = old.residual.count + jnp.any(jnp.stack(sends))
-        new = new._replace(residual=Residual(joined(residuals), count))
+    if isinstance(old.feedback, FeedbackState | optax.PartitionState):
+        new = new._replace(feedback=joined(feedback))
     if isinstance(old.met, jax.Array):
-        new = new._replace(met=jnp.stack(applies) & exact)
+        new = new._replace(met=jnp.stack([jnp.asarray(of_one.applies) for of_one in due]) & exact)
     placed = lambda new, old: beside(_like(new, old), old)
     return new._replace(
         **{
