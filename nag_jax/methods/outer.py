@@ -1,7 +1,6 @@
 """Local training: an outer optimizer on the displacement of H inner steps of each worker."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from nag_jax._arithmetic import (
     filled,
     map_gradients,
     mix,
-    varying_axes,
     wide,
     wide_zeros,
 )
@@ -26,12 +24,10 @@ from nag_jax._checks import (
     check_trainable,
     given_params,
 )
-from nag_jax._paths import by_path, only_scalar
 from nag_jax._types import (
     ArrayLike,
     AxisName,
     DTypeLike,
-    KeyPath,
     OptState,
     Params,
     PyTree,
@@ -40,9 +36,7 @@ from nag_jax._types import (
     Updates,
     transformation,
 )
-from nag_jax.evaluation import evaluated
 from nag_jax.methods._fragments import (
-    Due,
     Meeting,
     check_rounds,
     due_fragments,
@@ -50,51 +44,11 @@ from nag_jax.methods._fragments import (
     merged,
     numbered,
     parts,
-    separated,
 )
-from nag_jax.methods._host import beside, check_memory_kind, on_device, on_host
-from nag_jax.methods._workers import (
-    check_workers,
-    given_weight,
-    mean_of_workers,
-)
-from nag_jax.methods.communication import FeedbackState, start
-
-
-class Sent(NamedTuple):
-    """A mean displacement between the step that sends it and the step that uses it."""
-
-    mean: Updates  # like params, in at least float32
-    total: jax.Array | tuple[()]  # of the weights of all workers, shape=(fragments,), float32
-
-
-class OuterState(NamedTuple):
-    """State of :func:`outer`; fields of options that are not used are ``()``."""
-
-    inner: OptState  # of the inner optimizer; an outer step does not reset it
-    slow: Params  # params at the last outer step, like params; their dtype, or slow_dtype
-    outer: OptState  # of the outer optimizer; with fragments optax.PartitionState, of one for each
-    steps: jax.Array  # inner steps in this round, shape=(), int32
-    sent: Sent | tuple[()] = ()  # with a delay
-    feedback: PyTree = ()  # with send_dtype, for each fragment: what this worker has not yet sent
-    skipped: jax.Array | tuple[()] = ()  # rounds without a worker, shape=(), int32; if weighted
-    met: jax.Array | tuple[()] = ()  # fragments whose params are the slow copy, shape=(P,), bool
-
-    def iterate(self, params: Params) -> Params:
-        """Returns the outer optimizer's iterate of the last outer step, for :func:`eval_params`."""
-        del params
-        only_scalar(self.steps)  # raises for a stack of states
-        return evaluated(on_device(self.slow), on_device(self.outer))
-
-
-class Fragment(NamedTuple):
-    """The part of the state that belongs to one fragment; None at the leaves of others."""
-
-    slow: Params
-    outer: OptState
-    sent: Sent | tuple[()]
-    feedback: FeedbackState | tuple[()]
-    skipped: jax.Array | tuple[()]  # of all fragments
+from nag_jax.methods._host import check_memory_kind, on_device, on_host
+from nag_jax.methods._outer_state import Fragment, OuterState, Sent, alike, assembled, split
+from nag_jax.methods._workers import check_workers, given_weight, mean_of_workers
+from nag_jax.methods.communication import start
 
 
 def outer(
@@ -259,18 +213,18 @@ def outer(
             sent = Sent(mean, total)
             if delay:
                 sent = Sent(filled(mean, old.sent.mean), total)
-                sent = jax.tree.map(_like, sent, old.sent)
-            return sent, jax.tree.map(_like, feedback, old.feedback)
+                sent = jax.tree.map(alike, sent, old.sent)
+            return sent, jax.tree.map(alike, feedback, old.feedback)
 
         def apply(sent: Sent, old: Fragment) -> tuple[Params, OptState, PyTree]:
             mean, slow, outer_state = on_device((sent.mean, old.slow, old.outer))
             moves, new_state = outer_optimizer.update(mean, outer_state, slow)
-            new = _moved(slow, moves), jax.tree.map(_like, new_state, outer_state)
+            new = _moved(slow, moves), jax.tree.map(alike, new_state, outer_state)
             if not weighted:
                 return *new, old.skipped
             anyone = sent.total > 0
             new = jax.tree.map(lambda x, old: jnp.where(anyone, x, old), new, (slow, outer_state))
-            return *new, jax.tree.map(lambda n: _like(n + ~anyone, n), old.skipped)
+            return *new, jax.tree.map(lambda n: alike(n + ~anyone, n), old.skipped)
 
         def outer_step(p: int, old: Fragment) -> tuple[Updates, Fragment]:
             sends, applies = due[p]
@@ -298,59 +252,17 @@ def outer(
             return u, Fragment(slow, outer_state, sent, feedback, skipped)
 
         # The share of its own params that a worker keeps in an outer step.
-        kept = jnp.where(weight > 0, mixing, 0.0) if mixing and weighted else float(mixing)
+        kept = (
+            jnp.where(weight > 0, mixing, 0.0) if mixing and weight is not None else float(mixing)
+        )
         moved, new, skipped = [], [], state.skipped
-        for p, old in enumerate(_split(state, numbers, fragments)):
+        for p, old in enumerate(split(state, numbers, fragments)):
             u, fragment = outer_step(p, old._replace(skipped=skipped))
             moved, new, skipped = [*moved, u], [*new, fragment], fragment.skipped
         steps = jnp.where(due[-1].applies, delay, steps)
-        return merged(moved), _assembled(state, inner_state, steps, new, due, exact=mixing == 0)
+        return merged(moved), assembled(state, inner_state, steps, new, due, exact=mixing == 0)
 
     return transformation(init, update)
-
-
-def _split(state: OuterState, numbers: PyTree, fragments: int) -> list[Fragment]:
-    slow = parts(state.slow, numbers, fragments)
-    outer_states = separated(state.outer, fragments)
-    sent, feedback = [()] * fragments, [()] * fragments
-    if isinstance(state.sent, Sent):
-        means = parts(state.sent.mean, numbers, fragments)
-        total = lambda p: jax.tree.map(lambda x: x[p], state.sent.total)
-        sent = [Sent(mean, total(p)) for p, mean in enumerate(means)]
-    if isinstance(state.feedback, FeedbackState | optax.PartitionState):
-        feedback = separated(state.feedback, fragments)
-    return [
-        Fragment(*of_one, state.skipped)
-        for of_one in zip(slow, outer_states, sent, feedback, strict=True)
-    ]
-
-
-def _assembled(
-    old: OuterState,
-    inner: OptState,
-    steps: jax.Array,
-    fragments: Sequence[Fragment],
-    due: Sequence[Due],
-    exact: bool,
-) -> OuterState:
-    """The state of these fragments, with the types and memories of the old one."""
-    slow, outer_states, sent, feedback, skipped = zip(*fragments, strict=True)
-    new = OuterState(inner, merged(slow), joined(outer_states), steps, skipped=skipped[-1])
-    if isinstance(old.sent, Sent):
-        total = jax.tree.map(lambda *totals: jnp.stack(totals), *(one.total for one in sent))
-        new = new._replace(sent=Sent(merged([one.mean for one in sent]), total))
-    if isinstance(old.feedback, FeedbackState | optax.PartitionState):
-        new = new._replace(feedback=joined(feedback))
-    if isinstance(old.met, jax.Array):
-        new = new._replace(met=jnp.stack([jnp.asarray(of_one.applies) for of_one in due]) & exact)
-    placed = lambda new, old: beside(_like(new, old), old)
-    return new._replace(
-        **{
-            field: jax.tree.map(placed, getattr(new, field), getattr(old, field))
-            for field in OuterState._fields
-            if field != "inner"
-        }
-    )
 
 
 def _branch(due: bool | jax.Array, work: Callable[[], Tree], old: Tree) -> Tree:
@@ -372,7 +284,7 @@ def _displacement(updates: Updates, params: Params, slow: Params) -> Updates:
 def _moved(slow: Params, moves: Updates) -> Params:
     """The slow copy after the outer step; unchanged where ``moves`` have None."""
     return filled(
-        map_gradients(lambda move, s: _like(mix(1.0, s, 1.0, move), s), moves, slow), slow
+        map_gradients(lambda move, s: alike(mix(1.0, s, 1.0, move), s), moves, slow), slow
     )
 
 
@@ -386,71 +298,6 @@ def _update_to(slow: Params, updates: Updates, params: Params, kept: Scalar) -> 
         target = wide(s.astype(dtype_of(p)))
         if not (isinstance(kept, float) and kept == 0):
             target = mix(kept, wide(p) + wide(u), 1 - kept, target)
-        return _like(target - wide(p), u)
+        return alike(target - wide(p), u)
 
     return map_gradients(update, updates, params, slow)
-
-
-def resynchronize(params: PyTree, opt_state: OptState) -> PyTree:
-    """Removes the rounding error that params have after an outer step of :func:`outer`.
-
-    Call it after ``optax.apply_updates`` if params must be bit for bit the same on all workers.
-
-    Args:
-      params: the parameters as trained with :func:`outer`, any pytree.
-      opt_state: the state of the same step, of :func:`outer` or of a chain that contains it.
-
-    Returns:
-      A pytree like params, with the same shapes and dtypes. Directly after an outer step it is the
-      slow copy, otherwise params unchanged.
-
-    Raises:
-      ValueError: if opt_state does not contain a state of ``outer``.
-
-    Example:
-      >>> optimizer = nag_jax.lookahead(optax.sgd(0.3), every=1)
-      >>> params = jnp.array([0.1])
-      >>> updates, state = optimizer.update(jnp.array([0.7]), optimizer.init(params), params)
-      >>> params = nag_jax.resynchronize(optax.apply_updates(params, updates), state)
-      >>> bool(params == state.slow)
-      True
-    """
-    is_outer = lambda node: isinstance(node, OuterState)
-    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_outer) if is_outer(s)]
-    if not states:
-        raise ValueError(
-            f"opt_state holds no state of nag_jax.outer, got {jax.tree.structure(opt_state)}; pass "
-            "what optimizer.init(params) returned"
-        )
-    # More than one where groups of parameters have their own optimizers.
-    for state in states:
-        params = _resynchronized(params, state)
-    return params
-
-
-def _resynchronized(params: PyTree, state: OuterState) -> PyTree:
-    # Scalars may be in flax variables.
-    (steps,) = jax.tree.leaves(state.steps)
-    (met,) = jax.tree.leaves(state.met) or [jnp.reshape(steps == 0, [1])]
-    slow = by_path(on_device(state.slow))
-    fragment = by_path(numbered(state.slow, len(met)))
-
-    def exact(path: KeyPath, p: jax.Array) -> jax.Array:
-        if path not in slow:
-            return p
-        # A select, since under jit it is not known whether this step was an outer step.
-        return jnp.where(met[fragment[path]], slow[path].astype(dtype_of(p)), p)
-
-    return jax.tree_util.tree_map_with_path(exact, params)
-
-
-def _like(new: ArrayLike, old: jax.Array) -> jax.Array:
-    """``new`` in the dtype of ``old``, and varying over the same axes of a ``shard_map``."""
-    new = jnp.asarray(new, old.dtype)
-    missing = tuple(varying_axes(old) - varying_axes(new))
-    if not missing:
-        return new
-    lax: Any = jax.lax  # pcast replaces pvary, which is the only one in jax 0.7
-    if hasattr(lax, "pcast"):
-        return lax.pcast(new, missing, to="varying")
-    return lax.pvary(new, missing)
