@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from nag_jax._arithmetic import map_gradients
 from nag_jax._checks import check_count
-from nag_jax._types import OptState, PyTree, Tree
+from nag_jax._types import PyTree, Tree
 
 
 class Meeting(NamedTuple):
@@ -33,8 +33,9 @@ def meeting(step: int, *, every: int, fragments: int = 1, delay: int = 0) -> Mee
       delay: tau, as given to :func:`outer`.
 
     Returns:
-      A ``Meeting(sends, applies)`` of two fragments, each None if there is none. It can be a static
-      argument of ``jax.jit``, which then compiles one program for each pair.
+      A ``Meeting(sends, applies)``: the fragment that is sent and the one that takes its outer
+      step, each None if there is none. It can be a static argument of ``jax.jit``, which then
+      compiles one program for each pair.
 
     Raises:
       ValueError: for numbers out of range.
@@ -166,7 +167,13 @@ def parts(tree: Tree, numbers: PyTree, fragments: int) -> list[Tree]:
     """The fragments of a tree, each with None at the leaves of the others."""
     if fragments == 1:
         return [tree]
-    part = lambda p: map_gradients(lambda x, n: x if n == p else None, tree, numbers)
+
+    def part(fragment: int) -> Tree:
+        def pick(x: PyTree, number: int) -> PyTree:
+            return x if number == fragment else None
+
+        return map_gradients(pick, tree, numbers)
+
     return [part(p) for p in range(fragments)]
 
 
@@ -176,14 +183,14 @@ def merged(trees: Sequence[Tree]) -> Tree:
     return jax.tree.map(given, *trees, is_leaf=lambda node: node is None)
 
 
-def joined(states: Sequence[OptState]) -> OptState:
+def joined(states: Sequence[PyTree]) -> PyTree:
     """One state of the states of all fragments, in which ``eval_params`` finds each of them."""
     if len(states) == 1:
         return states[0]
     return optax.PartitionState({str(p): state for p, state in enumerate(states)})
 
 
-def separated(state: OptState, fragments: int) -> list[OptState]:
+def separated(state: PyTree, fragments: int) -> list[PyTree]:
     """The states of which ``state`` was :func:`joined`."""
     if fragments == 1:
         return [state]

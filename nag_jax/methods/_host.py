@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from nag_jax._types import Tree
 
@@ -35,7 +36,7 @@ def on_host(tree: Tree) -> Tree:
                 return x
             sharding = x.sharding.with_memory_kind("pinned_host")
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, Tracer):
             return jax.device_put(x, _memory.Space.Host)
         for device in x.devices():
             kinds = [memory.kind for memory in device.addressable_memories()]

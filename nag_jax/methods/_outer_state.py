@@ -12,7 +12,6 @@ from nag_jax._types import ArrayLike, OptState, Params, PyTree, Updates
 from nag_jax.evaluation import evaluated
 from nag_jax.methods._fragments import Due, joined, merged, parts, separated
 from nag_jax.methods._host import beside, on_device
-from nag_jax.methods.communication import FeedbackState
 
 
 class Sent(NamedTuple):
@@ -29,7 +28,7 @@ class OuterState(NamedTuple):
     slow: Params  # params at the last outer step, like params; their dtype, or slow_dtype
     outer: OptState  # of the outer optimizer; with fragments optax.PartitionState, of one for each
     steps: jax.Array  # inner steps since the round began, shape=(), int32
-    sent: Sent | tuple[()] = ()  # with a delay
+    sent: PyTree = ()  # a Sent, with a delay
     feedback: PyTree = ()  # with send_dtype, for each fragment: what this worker has not yet sent
     skipped: jax.Array | tuple[()] = ()  # rounds without a worker, shape=(), int32; if weighted
     met: jax.Array | tuple[()] = ()  # fragments whose params are the slow copy, shape=(P,), bool
@@ -47,11 +46,12 @@ class Fragment(NamedTuple):
     slow: Params
     outer: OptState
     sent: PyTree  # a Sent with a delay, otherwise ()
-    feedback: FeedbackState | tuple[()]
+    feedback: PyTree
     skipped: jax.Array | tuple[()]  # of all fragments
 
 
 def split(state: OuterState, numbers: PyTree, fragments: int) -> list[Fragment]:
+    """The parts of a state that belong to the fragments."""
     slow = parts(state.slow, numbers, fragments)
     outer_states = separated(state.outer, fragments)
     sent, feedback = [()] * fragments, [()] * fragments

@@ -11,7 +11,6 @@ from nag_jax._arithmetic import map_gradients, real_like
 from nag_jax._checks import check_range, given_scalar
 from nag_jax._types import ArrayLike, AxisName, DTypeLike, PyTree, Tree, Updates
 from nag_jax.methods import communication
-from nag_jax.methods.communication import FeedbackState
 
 
 def mean_of_workers(
@@ -19,8 +18,8 @@ def mean_of_workers(
     axis_name: AxisName | None,
     weight: jax.Array | None,
     send_dtype: DTypeLike | None,
-    feedback: FeedbackState | tuple[()],
-) -> tuple[Updates, jax.Array | tuple[()], FeedbackState | tuple[()]]:
+    feedback: PyTree,
+) -> tuple[Updates, PyTree, PyTree]:
     """The weighted mean of a tree, the sum of the weights, and the new state of the feedback.
 
     Workers of weight 0 may have any values, also some that are not finite. If all weights are 0,
@@ -30,7 +29,7 @@ def mean_of_workers(
         return difference, (), feedback
     if weight is not None:
         difference = map_gradients(lambda d: jnp.where(weight > 0, d, 0), difference)
-    if isinstance(feedback, FeedbackState):
+    if send_dtype is not None:
         total = () if weight is None else jax.lax.psum(weight, axis_name)
         mean, feedback = communication.mean_of_workers(
             difference, feedback, axis_name, weight, send_dtype

@@ -86,6 +86,27 @@ def outer(
     bool, ``update(..., sync=True)`` or ``sync=False``. The compiled inner step then contains no
     collective, and ``every`` is ignored.
 
+    Between sites the options of Streaming DiLoCo lower the peak of what is sent, and the wait:
+
+    * ``fragments``: the parameters are divided into P groups of successive leaves of similar size.
+      Fragment p is sent in the steps :math:`t_p = \lfloor (p+1)H/P \rfloor`, :math:`t_p + H`, ...
+      Each has its own slow copy, its own state of the outer optimizer and its own collective.
+    * ``delay``: a displacement is sent :math:`\tau` steps before the outer step that uses it, and
+      the inner steps go on in between. Several steps that are compiled as one program can overlap
+      with it. At the outer step a worker keeps the share :math:`\alpha` of its own parameters,
+      :math:`\theta_i' = \alpha \theta_i + (1 - \alpha) \theta'`, and with it of these steps.
+    * ``send_dtype``: displacements are rounded stochastically before they are sent, and each worker
+      adds its rounding error to its next displacement (error feedback).
+    * ``weighted``: the mean is :math:`\sum_i w_i (\theta - \theta_i) / \sum_i w_i`, and ``update``
+      takes :math:`w_i` as ``weight=``, a scalar of at least 0, by default 1. A worker of weight 0
+      contributes nothing, even if its parameters are not finite, and receives the slow copy as the
+      others do (its parameters become finite again only by :func:`resynchronize`). If all weights
+      are 0, the slow copy remains as it is and ``state.skipped`` counts one more. The weight counts
+      in the step that sends. Whether a traced weight is negative is not checked.
+    * ``memory_kind``: what only outer steps need is in the memory of the host.
+
+    With fragments or a delay, ``sync`` is what :func:`nag_jax.meeting` returns for the step.
+
     A step with ``sync=False`` moves as much memory as a step of ``inner`` alone. Where it is known
     only at run time whether a step is the last of its round, it also reads the slow copy, and a
     last step computes the update of ``inner`` twice: what a branch is given, XLA would keep in
@@ -96,9 +117,9 @@ def outer(
 
     Args:
       inner: the optimizer of each worker, including its learning rate. It receives all extra
-        arguments of ``update`` except ``sync``.
+        arguments of ``update`` except ``sync`` and ``weight``.
       outer_optimizer: any gradient transformation, for the gradient :math:`\Delta`; its schedules
-        count outer steps.
+        count outer steps, with fragments those of each fragment.
       every: H, the number of inner steps per outer step, at least 1.
       axis_name: inside ``shard_map``, ``pmap`` or ``vmap``, the axis or axes of the workers, which
         have different params and states (rows of a stack); None: one worker.
@@ -106,15 +127,31 @@ def outer(
         outer optimizer; None: that of each parameter. With bfloat16 params float32 preserves what
         an outer step would lose to rounding; a narrower dtype rounds the model at each outer step.
         Complex parameters keep a complex copy of at least that precision, real ones a real copy.
+      fragments: P, from 1 to H and to the number of arrays in params. The largest fragment is as
+        small as the order of the leaves allows.
+      delay: tau, the number of inner steps between sending and the outer step, from 0 to H - 1.
+      mixing: alpha in [0, 1], the share of its own parameters that a worker keeps in an outer step;
+        0.5 in the paper where there is a delay. A worker of weight 0 keeps nothing.
+      weighted: whether ``update`` takes ``weight``; needs axis_name.
+      memory_kind: ``"pinned_host"`` keeps the slow copy, the buffers of the outer optimizer and
+        delayed displacements there, None on the device. It needs ``sync`` to be known when the
+        step is compiled, since other steps must not touch these arrays. Call
+        :func:`resynchronize` and ``eval_params`` only after outer steps.
+      send_dtype: ``jnp.bfloat16``, ``jnp.int8`` or ``jnp.int4`` (with one scale for each row of a
+        leaf); None: float32, or float64 where parameters are. Needs axis_name. The state then
+        holds one more float32 tree for each worker.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Its state holds a
-      copy of params and both optimizers' states.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Its state,
+      :class:`OuterState`, holds a copy of params and both optimizers' states, and with a delay one
+      float32 tree of displacements.
 
     Raises:
-      ValueError: if every is below 1, slow_dtype is neither a floating nor a complex dtype, or
-        inner or outer_optimizer is not a gradient transformation; from init, if a parameter is
-        neither floating-point nor complex; from update, without params.
+      ValueError: for numbers out of range, a dtype or memory that is not listed, an inner or
+        outer_optimizer that is not a gradient transformation, or an option that needs axis_name;
+        from init, if a parameter is neither floating-point nor complex, there are fewer arrays
+        than fragments, or the device cannot use the host's memory; from update, without params,
+        for a ``sync`` of other fragments, or a weight that is negative or not a scalar.
 
     Example:
       In a narrow valley gradient descent is slow along the flat direction. An outer step after
@@ -133,12 +170,27 @@ def outer(
       descent          3e-04
       with nag outside 5e-06
 
+      Four fragments in eight steps, each used one step after it is sent:
+
+      >>> optimizer = nag_jax.outer(
+      ...     optax.sgd(0.1), nag_jax.nag(0.7, 0.9), every=8, fragments=4, delay=1, mixing=0.5
+      ... )
+      >>> params = {name: jnp.ones(3) for name in "abcd"}
+      >>> state = optimizer.init(params)
+      >>> for step in range(1, 4):
+      ...     sync = nag_jax.meeting(step, every=8, fragments=4, delay=1)
+      ...     updates, state = optimizer.update(params, state, params, sync=sync)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(state.slow["a"], state.slow["b"])
+      [0.7473 0.7473 0.7473] [1. 1. 1.]
+
     References:
       Zhang, Lucas, Hinton, Ba, Lookahead optimizer: k steps forward, 1 step back, 2019,
       arXiv:1907.08610. Douillard et al., DiLoCo: distributed low-communication training of language
       models, 2023, arXiv:2311.08105, algorithm 1. Kallusky, Rao, Nandavanam, Shi, SNOO: step-K
       Nesterov outer optimizer, 2025, arXiv:2510.15830. Therien et al., MuLoCo: Muon is a practical
-      inner optimizer for DiLoCo, 2025, arXiv:2505.23725.
+      inner optimizer for DiLoCo, 2025, arXiv:2505.23725. Douillard et al., Streaming DiLoCo with
+      overlapping communication, 2025, arXiv:2501.18512, algorithm 2.
     """
     check_optimizer("inner", inner)
     check_optimizer("outer_optimizer", outer_optimizer)
