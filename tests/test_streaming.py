@@ -22,10 +22,9 @@ SLICES = {
     3: [slice(0, 7), slice(7, 12), slice(12, 14)],
     4: [slice(0, 4), slice(4, 7), slice(7, 12), slice(12, 14)],
 }
-CASES = [  # fragments, delay, mixing, of a period of 7
-    (1, 0, 0.0), (3, 0, 0.0), (1, 0, 0.25), (1, 3, 0.0), (1, 6, 0.5), (3, 2, 0.5), (4, 5, 0.5),
-    (2, 1, 1.0), (3, 6, 0.0),
-]  # fmt: skip
+CASES = [(1, 3, 0.0), (3, 2, 0.5)]  # fragments, delay, mixing; of rounds of 7 steps
+MORE = [(1, 0, 0.0), (3, 0, 0.0), (1, 0, 0.25), (1, 6, 0.5), (4, 5, 0.5), (2, 1, 1.0), (3, 6, 0.0)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
 def tree(x):
@@ -149,6 +148,7 @@ def test_the_mean_is_weighted_and_a_round_without_workers_is_skipped(fragments, 
     assert skipped == fragments
 
 
+@pytest.mark.slow
 def test_a_worker_that_diverged_does_not_reach_the_others():
     start, *data = problem(3, jnp.float32)
     optimizer = make(2, weighted=True)
@@ -234,6 +234,7 @@ def test_schedules_count_the_outer_steps_of_their_fragment():
     assert seen == [(0, 0)] * 5 + [(4, 0)] * 2 + [(4, 4)] * 5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_within_a_delayed_round_resumes_bit_for_bit(tmp_path):
     start, *data = problem(2, jnp.float32)
     start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), start)
@@ -303,6 +304,7 @@ def test_fragments_are_successive_leaves_of_balanced_size():
     assert sizes([1, 1, 9], 3) == [[1], [1], [9]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("send_dtype", [jnp.bfloat16, jnp.int8, jnp.int4])
 def test_send_dtype_sends_rounded_displacements_and_keeps_the_rest(send_dtype):
     """Fragments and a delay, with what communication.mean_of_workers returns, by hand."""
@@ -392,3 +394,13 @@ def test_errors():
         jax.jit(hosted.update)(params, hosted.init(params), params)
     with pytest.raises(ValueError, match=r"step must be an int of at least 1, got 0"):
         nag_jax.meeting(0, every=4)
+
+
+def test_a_device_without_host_memory_is_an_error_of_init(monkeypatch):
+    optimizer = make(axis_name=None, memory_kind="pinned_host")
+    kind = type(jax.devices()[0])
+    monkeypatch.setattr(kind, "addressable_memories", lambda device: [device.default_memory()])
+    with pytest.raises(
+        ValueError, match=r"needs a device that can use it, but .* has \['device'\]"
+    ):
+        optimizer.init(jnp.ones(3))
