@@ -51,14 +51,18 @@ of_one_worker = functools.partial(
 )
 
 
-def diloco(learning_rate, every):
+def diloco(learning_rate, every, **options):
     """Of one worker, inside the axis that it needs."""
-    optimizer = nag_jax.diloco(nag_jax.nag(learning_rate, 0.5), "workers", every=every)
+    optimizer = nag_jax.diloco(nag_jax.nag(learning_rate, 0.5), "workers", every=every, **options)
 
     def update(*arguments, **extra):
         return of_one_worker(lambda *arguments: optimizer.update(*arguments, **extra))(*arguments)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def streaming(learning_rate, every):
+    return diloco(learning_rate, every, delay=1, mixing=0.5, weighted=True)
 
 
 def monotone_fista(learning_rate):
@@ -167,6 +171,9 @@ CASES = {
     "monotone_fista": Case(monotone_fista, dict(learning_rate=0.1), evaluates=True, copies=True),
     "diloco": Case(
         diloco, dict(learning_rate=0.05, every=2), ("every",), copies_params=True, copies=True
+    ),
+    "streaming diloco": Case(
+        streaming, dict(learning_rate=0.05, every=2), ("every",), copies_params=True, copies=True
     ),
     "snoo": Case(
         snoo, dict(learning_rate=0.05, every=3), ("every",), copies_params=True, copies=True

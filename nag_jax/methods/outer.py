@@ -276,7 +276,8 @@ def outer(
                 return *new, old.skipped
             anyone = sent.total > 0
             new = jax.tree.map(lambda x, old: jnp.where(anyone, x, old), new, (slow, outer_state))
-            return *new, jax.tree.map(lambda n: alike(n + ~anyone, n), old.skipped)
+            count = lambda n: alike(jnp.where(anyone, n, optax.safe_increment(n)), n)
+            return *new, jax.tree.map(count, old.skipped)
 
         def outer_step(p: int, old: Fragment) -> tuple[Updates, Fragment]:
             sends, applies = due[p]

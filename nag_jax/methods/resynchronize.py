@@ -22,7 +22,8 @@ def resynchronize(params: PyTree, opt_state: OptState) -> PyTree:
 
     Returns:
       A pytree like params, with the same shapes and dtypes. Directly after an outer step it is the
-      slow copy, otherwise params unchanged.
+      slow copy, with fragments where these took it; otherwise, and with ``mixing``, it is params
+      unchanged.
 
     Raises:
       ValueError: if opt_state does not contain a state of ``outer``.
