@@ -133,8 +133,8 @@ def test_automatic_step_sizes(name, most, chip):
 SITES, EVERY = ("site", "data"), 32
 
 
-def on_two_slices(optimizer, sync, host=False):
-    """A step of two workers, each a slice of four v5e, and its parameters."""
+def on_two_slices(optimizer, *syncs, host=False):
+    """Steps of two workers, each a slice of four v5e, as one program, and its parameters."""
     try:
         devices = chips.devices(
             "v5e", topology_name="v5e:2x2", num_slices=2, chip_config_name="default",
@@ -155,9 +155,11 @@ def on_two_slices(optimizer, sync, host=False):
 
     def worker(params, state, x):
         params, state = jax.tree.map(lambda leaf: leaf[0], (params, state))
-        gradient = jax.lax.pmean(jax.grad(loss_fn)(params, x), "data")
-        updates, state = optimizer.update(gradient, state, params, sync=sync)
-        return jax.tree.map(lambda leaf: leaf[None], (optax.apply_updates(params, updates), state))
+        for sync in syncs:
+            gradient = jax.lax.pmean(jax.grad(loss_fn)(params, x), "data")
+            updates, state = optimizer.update(gradient, state, params, sync=sync)
+            params = optax.apply_updates(params, updates)
+        return jax.tree.map(lambda leaf: leaf[None], (params, state))
 
     def rows(tree, memory_kind="device"):
         def place(x):
@@ -205,6 +207,16 @@ def test_slices_send_one_array_when_a_fragment_meets_and_nothing_else(options):
         sent += sum(c.bytes for c in found)
     parameters = sum(p.size for p in params.values())
     assert sent == pytest.approx(4 * parameters, rel=1e-3)  # with weights padded
+
+
+@uncached
+def test_the_steps_of_a_delay_run_while_a_displacement_travels():
+    optimizer = nag_jax.diloco(optax.sgd(0.1), "site", every=EVERY, delay=3, mixing=0.5)
+    syncs = [nag_jax.meeting(step, every=EVERY, delay=3) for step in range(EVERY, EVERY + 4)]
+    compiled, _ = on_two_slices(optimizer, *syncs)
+    schedule = chips.computation(compiled.as_text())
+    between = schedule[schedule.index(" send(") : schedule.index(" recv-done(")]
+    assert sum("dot_general" in line for line in between.splitlines()) >= 3 * 10  # three steps
 
 
 @uncached

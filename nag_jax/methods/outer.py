@@ -92,8 +92,8 @@ def outer(
       Fragment p is sent in the steps :math:`t_p = \lfloor (p+1)H/P \rfloor`, :math:`t_p + H`, ...
       Each has its own slow copy, its own state of the outer optimizer and its own collective.
     * ``delay``: a displacement is sent :math:`\tau` steps before the outer step that uses it, and
-      the inner steps go on in between. Several steps that are compiled as one program can overlap
-      with it. At the outer step a worker keeps the share :math:`\alpha` of its own parameters,
+      the inner steps go on in between. The network is hidden behind them if all these steps are
+      compiled as one program. At the outer step a worker keeps the share :math:`\alpha` of its own parameters,
       :math:`\theta_i' = \alpha \theta_i + (1 - \alpha) \theta'`, and with it of these steps.
     * ``send_dtype``: displacements are rounded stochastically before they are sent, and each worker
       adds its rounding error to its next displacement (error feedback).
