@@ -91,10 +91,10 @@ def outer(
     * ``fragments``: the parameters are divided into P groups of successive leaves of similar size.
       Fragment p is sent in the steps :math:`t_p = \lfloor (p+1)H/P \rfloor`, :math:`t_p + H`, ...
       Each has its own slow copy, its own state of the outer optimizer and its own collective.
-    * ``delay``: a displacement is sent :math:`\tau` steps before the outer step that uses it, and
-      the inner steps go on in between. The network is hidden behind them if all these steps are
-      compiled as one program. At the outer step a worker keeps the share :math:`\alpha` of its own parameters,
-      :math:`\theta_i' = \alpha \theta_i + (1 - \alpha) \theta'`, and with it of these steps.
+    * ``delay``: a displacement is sent :math:`\tau` steps before the outer step that uses it. If
+      these steps are compiled as one program, they hide the network. In the outer step a worker
+      keeps the share :math:`\alpha` of its own parameters (``mixing``), and with it of what it
+      learned meanwhile: :math:`\theta_i' = \alpha \theta_i + (1 - \alpha) \theta'`.
     * ``send_dtype``: displacements are rounded stochastically before they are sent, and each worker
       adds its rounding error to its next displacement (error feedback).
     * ``weighted``: the mean is :math:`\sum_i w_i (\theta - \theta_i) / \sum_i w_i`, and ``update``
