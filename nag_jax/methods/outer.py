@@ -89,7 +89,7 @@ def outer(
     Between sites the options of Streaming DiLoCo lower the peak of what is sent, and the wait:
 
     * ``fragments``: the parameters are divided into P groups of successive leaves of similar size.
-      Fragment p is sent in the steps :math:`t_p = \lfloor (p+1)H/P \rfloor`, :math:`t_p + H`, ...
+      Fragment p, from 0, is sent in the steps :math:`t_p = \lfloor (p+1)H/P \rfloor`, :math:`t_p + H`, ...
       Each has its own slow copy, its own state of the outer optimizer and its own collective.
     * ``delay``: a displacement is sent :math:`\tau` steps before the outer step that uses it. If
       these steps are compiled as one program, they hide the network. In the outer step a worker
@@ -112,8 +112,9 @@ def outer(
     last step computes the update of ``inner`` twice: what a branch is given, XLA would keep in
     memory at every step.
 
-    The state is bit for bit the same on all workers. Params may differ in the last bit after an
-    outer step, since the addition of an update is rounded; :func:`resynchronize` corrects this.
+    The slow copy and the state of the outer optimizer are bit for bit the same on all workers.
+    Params may differ in the last bit after an outer step, since the addition of an update is
+    rounded; :func:`resynchronize` corrects this.
 
     Args:
       inner: the optimizer of each worker, including its learning rate. It receives all extra
