@@ -89,8 +89,9 @@ def outer(
     Between sites the options of Streaming DiLoCo lower the peak of what is sent, and the wait:
 
     * ``fragments``: the parameters are divided into P groups of successive leaves of similar size.
-      Fragment p, from 0, is sent in the steps :math:`t_p = \lfloor (p+1)H/P \rfloor`, :math:`t_p + H`, ...
-      Each has its own slow copy, its own state of the outer optimizer and its own collective.
+      Fragment p, from 0, is sent in the steps :math:`t_p = \lfloor (p+1)H/P \rfloor`,
+      :math:`t_p + H`, ... Each has its own slow copy, its own state of the outer optimizer and its
+      own collective.
     * ``delay``: a displacement is sent :math:`\tau` steps before the outer step that uses it. If
       these steps are compiled as one program, they hide the network. In the outer step a worker
       keeps the share :math:`\alpha` of its own parameters (``mixing``), and with it of what it
