@@ -51,18 +51,23 @@ of_one_worker = functools.partial(
 )
 
 
-def diloco(learning_rate, every, **options):
-    """Of one worker, inside the axis that it needs."""
-    optimizer = nag_jax.diloco(nag_jax.nag(learning_rate, 0.5), "workers", every=every, **options)
+def diloco(learning_rate, every):
+    return of_workers(nag_jax.diloco(nag_jax.nag(learning_rate, 0.5), "workers", every=every))
+
+
+def streaming(learning_rate, every):
+    inner = nag_jax.nag(learning_rate, 0.5)
+    options = dict(every=every, delay=1, mixing=0.5, weighted=True)
+    return of_workers(nag_jax.diloco(inner, "workers", **options))
+
+
+def of_workers(optimizer):
+    """``optimizer`` of one worker, inside the axis that it needs."""
 
     def update(*arguments, **extra):
         return of_one_worker(lambda *arguments: optimizer.update(*arguments, **extra))(*arguments)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
-
-
-def streaming(learning_rate, every):
-    return diloco(learning_rate, every, delay=1, mixing=0.5, weighted=True)
 
 
 def monotone_fista(learning_rate):
