@@ -3,7 +3,7 @@
 import enum
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,17 +89,19 @@ def minimize(
     .. math:: \|p - \mathrm{prox}_1(p - \nabla f(p))\|,
 
     which is 0 exactly at solutions and does not depend on the learning rate. ``error`` replaces it
-    by a measure of your own, such as a duality gap. The run stops when the error is at most ``tol``, after ``max_steps``, when something is not finite, or when params no
-    longer move. Where params are so large that their rounding would hide an error of ``tol``, the
-    prox is also tried with a longer step. With a prox, ``result.params`` are an output of the
-    prox, whatever stopped the run: sparse or feasible. ``minimize`` works inside ``jax.jit``,
-    ``vmap``, ``scan`` and ``remat``. Outside of these it is compiled once for each ``fun``: keep
-    the function and the prox, and pass numbers that change as arrays.
+    by a measure of your own, such as a duality gap. The run stops when the error is at most
+    ``tol``, after ``max_steps``, when something is not finite, or when params no longer move. Where
+    params are so large that their rounding would hide an error of ``tol``, the prox is also tried
+    with a longer step. With a prox, ``result.params`` are an output of the prox, whatever stopped
+    the run: sparse or feasible. ``minimize`` works inside ``jax.jit``, ``vmap``, ``scan`` and
+    ``remat``. Outside of these it is compiled once for each ``fun``: keep the function and the
+    prox, and pass numbers that change as arrays.
 
     ``result.params`` and ``result.value`` have derivatives of any order, in forward and reverse
     mode, with respect to all floating-point and complex arrays in ``args`` and ``kwargs``, and
-    those that ``fun`` and ``prox`` close over. They come from the implicit function theorem at ``result.params``, not from the steps, so
-    they are 0 with respect to the start, ``tol`` and the optimizer.
+    those that ``fun`` and ``prox`` close over. They come from the implicit function theorem at
+    ``result.params``, not from the steps, so they are 0 with respect to the start, ``tol`` and the
+    optimizer.
 
     * If the run converged, they are the derivatives of the solution. If it stopped for another
       reason, they are the same expressions at a point that is not a solution, an approximation that
@@ -372,7 +374,7 @@ def _scalar_and_aux(
         raise ValueError(
             f"with has_aux fun must return a pair (scalar, aux), got {type(out).__name__}"
         )
-    value, aux = out if has_aux else (out, ())
+    value, aux = cast(tuple[ArrayLike, PyTree], out if has_aux else (out, ()))
     y = given_scalar("what fun returns", value)
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise ValueError(f"what fun returns must be a floating number, got {y.dtype}[]")
