@@ -1,5 +1,6 @@
 """Nesterov's accelerated gradient and its relatives for JAX and Optax."""
 
+from nag_jax import gaps as gaps
 from nag_jax import proximal as proximal
 from nag_jax import restart as restart
 from nag_jax import rules as rules
@@ -34,6 +35,7 @@ from nag_jax.methods.outer import outer as outer
 from nag_jax.methods.pogm_optista import optista as optista
 from nag_jax.methods.pogm_optista import pogm as pogm
 from nag_jax.methods.resynchronize import resynchronize as resynchronize
+from nag_jax.minimize import History as History
 from nag_jax.minimize import Reason as Reason
 from nag_jax.minimize import Result as Result
 from nag_jax.minimize import largest_curvature as largest_curvature
@@ -47,6 +49,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccelerateState",
+    "History",
+    "Meeting",
     "OuterState",
     "Reason",
     "Result",
@@ -63,6 +67,7 @@ __all__ = [
     "eval_params",
     "fista",
     "from_optax",
+    "gaps",
     "int8_blocks",
     "largest_curvature",
     "lookahead",
