@@ -157,6 +157,34 @@ def test_one_all_reduce_per_update(mode, accumulate):
     assert gradient + mean_of_x < size <= gradient + mean_of_x + 3  # and weight, loss, aux
 
 
+@pytest.mark.parametrize(("mode", "accumulate"), [("jit", 1), ("jit", 2), ("shard_map", 2)])
+def test_the_program_of_abstract_arrays_is_that_of_arrays(mode, accumulate):
+    step = nag_jax.train_step(loss, NAG, mode=mode, accumulate=accumulate)
+    params, batch = start(), batch_of(64)
+    abstract = jax.eval_shape(lambda *trees: trees, params, step.init(params), batch)
+    expected = step.lower(params, step.init(params), batch).as_text()
+    assert step.lower(*abstract).as_text() == expected
+
+
+def test_an_abstract_split_of_parameters_is_that_of_arrays():
+    mesh = mesh_of(8)
+    params = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, P("data")))
+    step = nag_jax.train_step(lambda p, x: jnp.mean((x @ p) ** 2), NAG, mesh=mesh)
+    state, batch = step.init(params), jnp.ones((16, 64))
+    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    abstract = jax.tree.map(shaped, (params, state, batch))
+    assert step.lower(*abstract).as_text() == step.lower(params, state, batch).as_text()
+
+
+def test_abstract_arrays_that_cannot_be_lowered():
+    abstract = lambda rows: jax.eval_shape(lambda *trees: trees, start(), state, batch_of(rows))
+    for mode, rows, message in (("shard_map", 61, "divide evenly"), ("pmap", 64, "needs arrays")):
+        step = nag_jax.train_step(loss, NAG, mode=mode)
+        state = step.init(start())
+        with pytest.raises(ValueError, match=message):
+            step.lower(*abstract(rows))
+
+
 def test_an_all_reduce_for_each_micro_batch_is_seen():
     def summed(params, batch):
         def add(total, piece):

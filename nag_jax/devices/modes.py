@@ -77,6 +77,13 @@ class Devices:
         seen = {id(x) for x in jax.tree.leaves(apart_from)}
 
         def own(x: jax.Array) -> jax.Array:
+            if isinstance(x, jax.ShapeDtypeStruct):
+                if self.mode == "pmap":
+                    raise ValueError(
+                        'mode="pmap" needs arrays, got a jax.ShapeDtypeStruct; use mode="jit" or '
+                        '"shard_map"'
+                    )
+                return place(x, self.sharding(x))
             mine = self._holds(x) and id(x) not in seen
             seen.add(id(x))
             if mine and self.mode == "pmap":  # which also takes other shardings
@@ -122,6 +129,11 @@ class Devices:
         even = count - count % (self.count * self.accumulate)
         if self._whole_batch or even == count:
             return self._to_devices(batch), None
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batch)):
+            raise ValueError(
+                f"an abstract batch needs rows that divide evenly over {self.count} devices and "
+                f"{self.accumulate} micro-batches, got {count}"
+            )
         batch = jax.tree.map(self._sliceable, batch)
         main = jax.tree.map(lambda x: x[:even], batch) if even else None
         extra = jax.tree.map(lambda x: self._move(x[even:], self.whole), batch)
@@ -142,6 +154,8 @@ class Devices:
         # Of traced arrays under Auto axes XLA chooses the placement.
         if isinstance(x, Tracer):
             return place(x, sharding) if AxisType.Explicit in self.mesh.axis_types else x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return place(x, sharding)
         # An array of this process alone cannot be moved to the devices of others.
         if not sharding.is_fully_addressable and getattr(x, "is_fully_addressable", True):
             raise ValueError(

@@ -296,13 +296,30 @@ class TrainStep:
     def lower(self, params: Params, state: StepState, batch: PyTree) -> Lowered:
         """Returns the lowered program of one step, for its cost, memory and collectives.
 
+        With modes "jit" and "shard_map" the arrays may be abstract, ``jax.ShapeDtypeStruct``, and
+        the mesh one of devices that are not there (``jax.experimental.topologies``). So a model can
+        be checked against the memory of a device before anything is allocated.
+
         Args:
-          params: the parameters of the step.
-          state: the state of the step.
-          batch: the batch of the step.
+          params: the parameters of the step; abstract ones are whole if they have no sharding.
+          state: the state of the step, of ``jax.eval_shape(step.init, params)`` for abstract
+            parameters; its leaves are then whole unless they are given shardings.
+          batch: the batch of the step; the rows of an abstract one must divide evenly.
 
         Returns:
           A ``jax.stages.Lowered``, as ``jax.jit(...).lower`` does.
+
+        Raises:
+          ValueError: for abstract arrays with mode "pmap", or whose rows do not divide evenly.
+
+        Example:
+          >>> step = nag_jax.train_step(lambda p, x: jnp.mean((x @ p) ** 2), nag_jax.nag(0.1))
+          >>> params = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+          >>> batch = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
+          >>> lowered = step.lower(params, jax.eval_shape(step.init, params), batch)
+          >>> memory = lowered.compile().memory_analysis()
+          >>> memory.alias_size_in_bytes > 2 * 4 * params.size  # parameters and momentum, donated
+          True
         """
         with self._context():
             compiled, arguments = self._compile(params, state, batch)

@@ -91,15 +91,18 @@ class _Split(NamedTuple):
     min_size: int
 
     def spec(self, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-        """``spec`` with one more axis, on the first dimension that can take it."""
+        """``spec`` with one more axis, on the dimension that is best to split."""
         names = [axes_of(entry) for entry in spec] + [()] * (len(shape) - len(spec))
         parts = [math.prod(self.mesh.shape[name] for name in (*dim, self.axis)) for dim in names]
         free = [d for d, length in enumerate(shape) if length % parts[d] == 0]
         small = math.prod(shape) < self.min_size
         if any(self.axis in dim for dim in names) or small or not free:
             return spec
-        # min() takes the first of the dimensions that are split over the fewest axes.
-        chosen = min(free, key=lambda d: len(names[d]))
+        # Not the last one if possible: a TPU pads rows of fewer than 128 numbers. The longest,
+        # since layers that a scan goes through, stacked along a short one, should not be split: XLA
+        # would not scatter their gradient. The first of those.
+        last = len(shape) - 1
+        chosen = min(free, key=lambda d: (len(names[d]), d == last, -shape[d]))
         names[chosen] += (self.axis,)
         return spec_of(names)
 
@@ -149,8 +152,9 @@ def zero1(
     each device then keeps 1/N of the state of its part. The state of a parameter that is already
     split over this axis (FSDP) is split in the same way as the parameter.
 
-    A leaf is split along the first dimension that N divides, after the split over other axes.
-    Dimensions that are not split yet take precedence. A leaf without such a dimension is not split.
+    A leaf is split along a dimension that N divides, after the split over other axes. Dimensions
+    that are not split yet take precedence, then all but the last, then the longest. A leaf without
+    such a dimension is not split.
 
     A quantity that depends on the whole gradient needs an all-reduce of a few numbers. There are
     two in ``train_step``, for the norm in its metrics and for the check that all numbers are
