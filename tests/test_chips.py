@@ -210,6 +210,19 @@ def test_slices_send_one_array_when_a_fragment_meets_and_nothing_else(options):
 
 
 @uncached
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.bfloat16, 2), (jnp.int8, 1), (jnp.int4, 0.5)])
+def test_slices_send_one_array_of_fewer_bytes(dtype, size):
+    optimizer = nag_jax.diloco(
+        nag_jax.nag(0.1), "site", every=EVERY, weighted=True, send_dtype=dtype
+    )
+    assert crossing(on_two_slices(optimizer, False)[0]) == []
+    compiled, params = on_two_slices(optimizer, True)
+    (found,) = crossing(compiled)
+    parameters = sum(p.size for p in params.values())
+    assert size * parameters <= found.bytes <= 1.05 * size * parameters
+
+
+@uncached
 def test_the_steps_of_a_delay_run_while_a_displacement_travels():
     optimizer = nag_jax.diloco(optax.sgd(0.1), "site", every=EVERY, delay=3, mixing=0.5)
     syncs = [nag_jax.meeting(step, every=EVERY, delay=3) for step in range(EVERY, EVERY + 4)]

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType
 
 from nag_jax._arithmetic import map_gradients, real_like
 from nag_jax._checks import check_range, given_scalar
@@ -30,11 +29,7 @@ def mean_of_workers(
     if weight is not None:
         difference = map_gradients(lambda d: jnp.where(weight > 0, d, 0), difference)
     if send_dtype is not None:
-        total = () if weight is None else jax.lax.psum(weight, axis_name)
-        mean, feedback = communication.mean_of_workers(
-            difference, feedback, axis_name, weight, send_dtype
-        )
-        return mean, total, feedback
+        return communication.mean_of_workers(difference, feedback, axis_name, weight, send_dtype)
     if weight is None:
         return _in_one_array(jax.lax.pmean, difference, axis_name), (), feedback
     weighted = map_gradients(lambda d: real_like(weight, d) * d, difference)
@@ -47,12 +42,8 @@ def _in_one_array(
     reduce: Callable[[PyTree, AxisName], PyTree], tree: Tree, axis_name: AxisName
 ) -> Tree:
     """``reduce(tree, axis_name)`` as one collective, if that needs no other one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = [kind == AxisType.Manual for kind in mesh.axis_types or ()]
     one_dtype = len({x.dtype for x in jax.tree.leaves(tree)}) == 1
-    # A leaf that is itself split over other axes of the mesh would be gathered first. Under vmap
-    # nothing is communicated.
-    if not (one_dtype and manual and all(manual)):
+    if not (one_dtype and communication.fully_manual()):
         return reduce(tree, axis_name)
     flat, unravel = ravel_pytree(tree)
     return unravel(reduce(flat, axis_name))
