@@ -65,8 +65,8 @@ runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")  # not kernels
-SIZES = dict(pred=1, s8=1, u8=1, s16=2, u16=2, f16=2, bf16=2, s32=4, u32=4, f32=4, s64=8, u64=8,
-    f64=8, c64=8, c128=16)  # fmt: skip
+SIZES = dict(s4=0.5, u4=0.5, pred=1, s8=1, u8=1, f8e4m3fn=1, f8e5m2=1, s16=2, u16=2, f16=2, bf16=2,
+    s32=4, u32=4, f32=4, s64=8, u64=8, f64=8, c64=8, c128=16)  # fmt: skip
 
 
 class Program(NamedTuple):
@@ -174,9 +174,9 @@ def computation(text: str, name: str | None = None) -> str:
     return found[1]
 
 
-def kernels(body: str) -> list[tuple[str, int]]:
+def kernels(body: str) -> list[tuple[str, float]]:
     """The kind of each kernel of a computation, and the bytes of its operands and results."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str, float] = {}
     found = []
     pattern = r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)"
     for match in filter(None, (re.match(pattern, line) for line in body.splitlines())):
@@ -189,7 +189,7 @@ def kernels(body: str) -> list[tuple[str, int]]:
     return found
 
 
-def size_of(shape: str) -> int:
+def size_of(shape: str) -> float:
     """Bytes of the arrays in a shape as HLO writes it."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
     return sum(SIZES[dtype] * math.prod(int(n) for n in lengths.split(",") if n)

@@ -14,6 +14,7 @@ from benchmarks import (
     chips,
     convergence,
     one_loop,
+    pods,
     recipes,
     step_time,
     stepsizes,
@@ -199,6 +200,8 @@ def sections() -> Iterator[tuple[str, str, Path]]:
     yield "storages", storages(read("precision")), DOCS / "precision.md"
     yield "step sizes", stepsizes.summary(read("stepsizes")), DOCS / "step_sizes.md"
     yield "certificates", certificates.table(read("certificates")), DOCS / "proved.md"
+    for name, table in pods.TABLES.items():
+        yield f"pods {name}", table(read("pods")), DOCS / "many_devices.md"
     yield "recipes", recipes.table(read("recipes")), TRAINER
     found = report.load(RESULTS / "speedup")
     for name, text in report.sections(found).items():

@@ -39,7 +39,7 @@ def prepared(config: Any, dataset: datasets.Dataset) -> tuple[feeds.MemoryFeed, 
     feed = feeds.MemoryFeed(config, dataset, layout)
     task = make_task(config, dataset, jax.random.key(0))
     maker = make_optimizer(config, feed.steps_per_epoch, 10**6)
-    feed.compile(steps.make_update(task, maker.transformation, 1, layout.constrain))
+    feed.compile(steps.make_update(task, maker.transformation, 1, layout))
     state = steps.initial_state(task, maker.transformation, jax.random.key(1), feed.samples)
     return feed, layout.put_whole(state)
 

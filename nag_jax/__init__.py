@@ -1,5 +1,6 @@
 """Nesterov's accelerated gradient and its relatives for JAX and Optax."""
 
+from nag_jax import gaps as gaps
 from nag_jax import proximal as proximal
 from nag_jax import restart as restart
 from nag_jax import rules as rules
@@ -13,6 +14,9 @@ from nag_jax.devices.zero1 import zero1 as zero1
 from nag_jax.evaluation import eval_params as eval_params
 from nag_jax.kernel import AccelerateState as AccelerateState
 from nag_jax.kernel import accelerate as accelerate
+from nag_jax.methods._fragments import Meeting as Meeting
+from nag_jax.methods._fragments import meeting as meeting
+from nag_jax.methods._outer_state import OuterState as OuterState
 from nag_jax.methods.adanag import adanag as adanag
 from nag_jax.methods.averaged import averaged as averaged
 from nag_jax.methods.backtracking import backtracking as backtracking
@@ -27,11 +31,11 @@ from nag_jax.methods.nag import from_optax as from_optax
 from nag_jax.methods.nag import nag as nag
 from nag_jax.methods.nag import nag_then_sgd as nag_then_sgd
 from nag_jax.methods.nag_auto import nag_auto as nag_auto
-from nag_jax.methods.outer import OuterState as OuterState
 from nag_jax.methods.outer import outer as outer
-from nag_jax.methods.outer import resynchronize as resynchronize
 from nag_jax.methods.pogm_optista import optista as optista
 from nag_jax.methods.pogm_optista import pogm as pogm
+from nag_jax.methods.resynchronize import resynchronize as resynchronize
+from nag_jax.minimize import History as History
 from nag_jax.minimize import Reason as Reason
 from nag_jax.minimize import Result as Result
 from nag_jax.minimize import largest_curvature as largest_curvature
@@ -45,6 +49,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccelerateState",
+    "History",
+    "Meeting",
     "OuterState",
     "Reason",
     "Result",
@@ -61,9 +67,11 @@ __all__ = [
     "eval_params",
     "fista",
     "from_optax",
+    "gaps",
     "int8_blocks",
     "largest_curvature",
     "lookahead",
+    "meeting",
     "minimize",
     "monotone_fista",
     "nag",

@@ -41,6 +41,7 @@ Decay: TypeAlias = Literal["coupled", "decoupled"]
 Evaluate: TypeAlias = Literal["average", "iterate"]
 Mode: TypeAlias = Literal["jit", "shard_map", "pmap"]
 NonFinite: TypeAlias = Literal["raise", "skip"]
+Reduction: TypeAlias = Literal["mean", "sum"]
 
 State = TypeVar("State")
 

@@ -1,8 +1,9 @@
 """Running an optimizer to a tolerance: ``minimize`` in one ``lax.while_loop``."""
 
 import enum
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from nag_jax._types import ArrayLike, KeyPath, OptState, Params, Prox, PyTree, S
 from nag_jax.evaluation import evaluated
 from nag_jax.methods.backtracking import backtracking
 
-Fun: TypeAlias = Callable[[PyTree], ArrayLike]  # as the user gives it
+Fun: TypeAlias = Callable[..., PyTree]  # as the user gives it
 Objective: TypeAlias = Callable[[Params], jax.Array]  # checked: its value is one real number
 _Power: TypeAlias = tuple[Params, jax.Array, jax.Array, jax.Array]  # v, its last two sizes, step
 
@@ -43,6 +44,15 @@ class Result(NamedTuple):
     steps: jax.Array  # gradients evaluated, shape=(), int32
     converged: jax.Array  # reason is TOLERANCE and value is finite, shape=(), bool
     reason: jax.Array  # one of Reason, shape=(), int32
+    aux: PyTree = ()  # what fun returns as well, at result.params; () without has_aux
+    history: "History | tuple[()]" = ()  # () without history=True
+
+
+class History(NamedTuple):
+    """What :func:`minimize` measured at each step; NaN after the last one."""
+
+    values: jax.Array  # of fun where the gradient was taken, shape=(max_steps,)
+    errors: jax.Array  # shape=(max_steps,), float32 at least
 
 
 class _Loop(NamedTuple):
@@ -53,6 +63,7 @@ class _Loop(NamedTuple):
     small: jax.Array  # steps in a row that were too small
     finite: jax.Array
     sizes: PyTree  # with a prox: recent largest sizes of the entries, which bound their rounding
+    history: History | tuple[()]
 
 
 def minimize(
@@ -60,9 +71,14 @@ def minimize(
     params: PyTree,
     optimizer: optax.GradientTransformation | None = None,
     *,
+    args: tuple[PyTree, ...] = (),
+    kwargs: Mapping[str, PyTree] | None = None,
+    has_aux: bool = False,
     prox: Prox | None = None,
+    error: Callable[[Params], ArrayLike] | None = None,
     tol: Scalar = 1e-6,
     max_steps: int | jax.Array = 10_000,
+    history: bool = False,
     implicit_diff: bool = True,
 ) -> Result:
     r"""Minimizes ``fun``, plus the penalty or constraint of ``prox``, from ``params``.
@@ -72,18 +88,20 @@ def minimize(
 
     .. math:: \|p - \mathrm{prox}_1(p - \nabla f(p))\|,
 
-    which is 0 exactly at solutions and does not depend on the learning rate. The run stops when the
-    error is at most ``tol``, after ``max_steps``, when something is not finite, or when params no
-    longer move. Where params are so large that their rounding would hide an error of ``tol``, the
-    prox is also tried with a longer step. With a prox, ``result.params`` are an output of the
-    prox, whatever stopped the run: sparse or feasible. ``minimize`` works inside ``jax.jit``,
-    ``vmap``, ``scan`` and ``remat``. Outside of these it is compiled once for each ``fun``: keep
-    the function and the prox, and pass numbers that change as arrays.
+    which is 0 exactly at solutions and does not depend on the learning rate. ``error`` replaces it
+    by a measure of your own, such as a duality gap. The run stops when the error is at most
+    ``tol``, after ``max_steps``, when something is not finite, or when params no longer move. Where
+    params are so large that their rounding would hide an error of ``tol``, the prox is also tried
+    with a longer step. With a prox, ``result.params`` are an output of the prox, whatever stopped
+    the run: sparse or feasible. ``minimize`` works inside ``jax.jit``, ``vmap``, ``scan`` and
+    ``remat``. Outside of these it is compiled once for each ``fun``: keep the function and the
+    prox, and pass numbers that change as arrays.
 
     ``result.params`` and ``result.value`` have derivatives of any order, in forward and reverse
-    mode, with respect to all floating-point and complex arrays that ``fun`` and ``prox`` close
-    over. They come from the implicit function theorem at ``result.params``, not from the steps, so
-    they are 0 with respect to the start, ``tol`` and the optimizer.
+    mode, with respect to all floating-point and complex arrays in ``args`` and ``kwargs``, and
+    those that ``fun`` and ``prox`` close over. They come from the implicit function theorem at
+    ``result.params``, not from the steps, so they are 0 with respect to the start, ``tol`` and the
+    optimizer.
 
     * If the run converged, they are the derivatives of the solution. If it stopped for another
       reason, they are the same expressions at a point that is not a solution, an approximation that
@@ -102,18 +120,25 @@ def minimize(
     * Above 1,024 unknowns the linear system is solved by conjugate gradients; NaN if they fail.
 
     Args:
-      fun: the objective, ``params -> scalar``, real and twice differentiable. It takes its data by
-        closure.
+      fun: the objective, ``fun(params, *args, **kwargs) -> scalar``, real and twice
+        differentiable. It may also take its data by closure.
       params: the start, any pytree of floating-point or complex arrays and Python numbers. If
         ``prox`` is a constraint, the start may violate it.
       optimizer: any ``optax.GradientTransformation``, which must itself take proximal steps if
         there is a ``prox``. ``update`` gets ``value``, ``grad`` and ``value_fn``, as line searches
         need them. None: ``nag_jax.backtracking(prox)``, FISTA with gradient restart and a step size
         that is found automatically, at about one more value of fun for each gradient.
+      args: more positional arguments of fun, a tuple of trees of arrays.
+      kwargs: more arguments of fun by name, such as ``{"penalty": 0.1}``.
+      has_aux: whether fun returns ``(scalar, aux)``. ``result.aux`` is aux at ``result.params``.
       prox: ``(tree, step) -> tree``, of a penalty or constraint that is added to fun; see
         ``nag_jax.proximal``. None: there is none.
-      tol: largest error of a converged result, at least 0, in units of the gradient.
-      max_steps: the largest number of gradients, at least 1.
+      error: ``params -> scalar``, what to compare with tol, such as those of ``nag_jax.gaps``. It
+        is measured after each step at the iterate to evaluate. None: the norm above.
+      tol: largest error of a converged result, at least 0, in units of the gradient, or of
+        ``error``.
+      max_steps: the largest number of gradients, at least 1; an int if ``history`` is set.
+      history: whether ``result.history`` keeps the value and the error of each step.
       implicit_diff: False to leave out the derivatives of ``result.params``, which are then 0.
         That is for a fun that JAX can differentiate only once.
 
@@ -157,27 +182,40 @@ def minimize(
         check_optimizer("optimizer", optimizer)
     if prox is not None:
         check_prox(prox)
+    if not isinstance(args, tuple):
+        raise ValueError(
+            f"args must be a tuple, got {type(args).__name__}; for one argument give args=(x,)"
+        )
+    if error is not None and not callable(error):
+        raise ValueError(
+            f"error must be a function of params or None, got {error!r}; see nag_jax.gaps"
+        )
+    if history:
+        check_count("max_steps", max_steps, static=True)
     if not isinstance(max_steps, jax.Array):
         max_steps = min(max_steps, _MOST_STEPS)
+    length = int(max_steps) if history else None
+    both = functools.partial(_scalar_and_aux, fun, args, dict(kwargs or {}), has_aux)
+    measure = None if error is None else functools.partial(_measured, error)
     # Arrays, so that one compiled program does for all values.
     limits = jnp.asarray(tol, float), jnp.asarray(max_steps, jnp.int32)
 
     def solved(params: Params) -> Result:
-        value = _scalar(fun)
-        run = lambda params: _run(value, params, optimizer, prox, *limits)
+        value = lambda params: both(params)[0]
+        run = lambda params: _run(value, params, optimizer, prox, measure, *limits, length)
         # The steps are not differentiated, whatever takes part in them.
         run, data = hoisted(run, params)
-        x, error, steps, reason = run(*jax.lax.stop_gradient((data, params)))
+        x, last, steps, reason, trace = run(*jax.lax.stop_gradient((data, params)))
         if implicit_diff:
             exists = reason != Reason.NOT_FINITE
             x = with_derivatives(x, lambda p: _value_and_gradient(value, p)[1], prox, exists)
-        y = value(x)
+        y, aux = both(x)
         converged = (reason == Reason.TOLERANCE) & jnp.isfinite(y) & jnp.isfinite(norm(x))
-        return Result(x, y, error, steps, converged, reason)
+        return Result(x, y, last, steps, converged, reason, aux, trace)
 
     params = _floating(params)
     has_rules = prox is not None and "custom_" in str(jax.make_jaxpr(prox)(params, 1.0))
-    return compiled(solved, params, owner=fun, parts=(optimizer, prox), opaque=has_rules)
+    return compiled(solved, params, owner=fun, parts=(optimizer, prox, error), opaque=has_rules)
 
 
 def largest_curvature(fun: Fun, params: PyTree, *, max_steps: int = 100) -> jax.Array:
@@ -212,7 +250,8 @@ def largest_curvature(fun: Fun, params: PyTree, *, max_steps: int = 100) -> jax.
       Golub, Van Loan, Matrix Computations, 2013, section 7.3.
     """
     check_count("max_steps", max_steps)
-    curvature = lambda params: _power_iteration(_scalar(fun), params, max_steps)
+    value = lambda params: _scalar_and_aux(fun, (), {}, False, params)[0]
+    curvature = lambda params: _power_iteration(value, params, max_steps)
     return compiled(curvature, _floating(params), owner=fun, parts=None, opaque=False)
 
 
@@ -244,10 +283,12 @@ def _run(
     params: Params,
     optimizer: optax.GradientTransformation | None,
     prox: Prox | None,
+    measure: Objective | None,
     tol: jax.Array,
     max_steps: jax.Array,
-) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
-    """The iterate to evaluate, the error, the number of steps and the reason for stopping."""
+    length: int | None,
+) -> tuple[Params, jax.Array, jax.Array, jax.Array, History | tuple[()]]:
+    """The iterate to evaluate, the error, the number of steps, why it stopped, and the history."""
     tx = optax.with_extra_args_support(backtracking(prox) if optimizer is None else optimizer)
     tol = tol.astype(norm(params).dtype)
 
@@ -258,9 +299,12 @@ def _run(
     def body(loop: _Loop) -> _Loop:
         p = loop.params
         value, g = _value_and_gradient(fun, p)
-        error = norm(g) if prox is None else _error(p, g, prox, tol)
         updates, state = tx.update(g, loop.state, p, value=value, grad=g, value_fn=fun)
         new = optax.apply_updates(p, updates)
+        if measure is not None:
+            error = measure(evaluated(new, state))
+        else:
+            error = norm(g) if prox is None else _error(p, g, prox, tol)
         moved = norm(_minus(new, p))
         small = moved <= _smallest_step(p) * norm(p)
         finite = jnp.isfinite(error) & (moved < _limit(moved))
@@ -277,12 +321,14 @@ def _run(
             small=jnp.where(small, loop.small + 1, 0),
             finite=finite,
             sizes=sizes,
+            history=_recorded(loop.history, loop.steps, value, error),
         )
 
     zero = jnp.zeros([], jnp.int32)
     infinite = jnp.full_like(norm(params), jnp.inf)
     sizes = () if prox is None else jax.tree.map(jnp.abs, params)
-    loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True), sizes)
+    history = () if length is None else History(*[jnp.full(length, jnp.nan, tol.dtype)] * 2)
+    loop = _Loop(params, tx.init(params), infinite, zero, zero, jnp.asarray(True), sizes, history)
     loop = jax.lax.while_loop(unfinished, body, loop)
     x, met = evaluated(loop.params, loop.state), loop.error <= tol
     if prox is not None:
@@ -290,7 +336,16 @@ def _run(
     reason = jnp.where(loop.small >= _PATIENCE, Reason.STEP_TOO_SMALL, Reason.MAX_STEPS)
     reason = jnp.where(met, Reason.TOLERANCE, reason)
     reason = jnp.where(loop.finite, reason, Reason.NOT_FINITE).astype(jnp.int32)
-    return x, loop.error, loop.steps, reason
+    return x, loop.error, loop.steps, reason, loop.history
+
+
+def _recorded(
+    history: History | tuple[()], step: jax.Array, value: jax.Array, error: jax.Array
+) -> History | tuple[()]:
+    if isinstance(history, History):
+        put = lambda entries, new: entries.at[step].set(new.astype(entries.dtype))
+        history = History(put(history.values, value), put(history.errors, error))
+    return history
 
 
 def _settled(x: Params, sizes: PyTree, prox: Prox) -> Params:
@@ -310,16 +365,24 @@ def _projected(x: Params, prox: Prox) -> Params:
     return jax.tree.map(lambda x, z: z.astype(x.dtype), x, z)
 
 
-def _scalar(fun: Fun) -> Objective:
-    """``fun``; ValueError where it does not return one real floating number."""
+def _scalar_and_aux(
+    fun: Fun, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], has_aux: bool, params: Params
+) -> tuple[jax.Array, PyTree]:
+    """What ``fun`` returns; ValueError where its value is not one real floating number."""
+    out = fun(params, *args, **kwargs)
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(
+            f"with has_aux fun must return a pair (scalar, aux), got {type(out).__name__}"
+        )
+    value, aux = cast(tuple[ArrayLike, PyTree], out if has_aux else (out, ()))
+    y = given_scalar("what fun returns", value)
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(f"what fun returns must be a floating number, got {y.dtype}[]")
+    return y, aux
 
-    def value(params: Params) -> jax.Array:
-        y = given_scalar("what fun returns", fun(params))
-        if not jnp.issubdtype(y.dtype, jnp.floating):
-            raise ValueError(f"what fun returns must be a floating number, got {y.dtype}[]")
-        return y
 
-    return value
+def _measured(error: Callable[[Params], ArrayLike], x: Params) -> jax.Array:
+    return wide(given_scalar("what error returns", error(x)))
 
 
 def _floating(params: PyTree) -> Params:

@@ -481,6 +481,58 @@ def diloco(
     return np.stack(locals_), np.stack(shareds)
 
 
+def streaming_diloco(
+    gradients,
+    start,
+    steps,
+    *,
+    rate,
+    every,
+    fragments,
+    delay=0,
+    mixing=0.0,
+    learning_rate=1.0,
+    momentum=0.0,
+    weights=None,
+):
+    """Douillard et al. 2025, algorithm 2, with SGD inside and PyTorch's SGD(nesterov=True) outside.
+
+    ``fragments`` are slices of the parameters, ``weights(t)`` those of the workers in step t. A
+    fragment does not move in a round of which all weights are 0.
+
+    Returns the workers' parameters and the shared ones after each step, and the skipped rounds.
+    """  # fmt: skip
+    count = len(gradients)
+    weights = weights or (lambda t: np.ones(count))
+    shared = np.array(start, dtype=np.float64)
+    buffer, local = np.zeros_like(shared), np.stack([shared] * count)
+    on_the_way, skipped = {}, 0
+    locals_, shareds = [local.copy()], [shared.copy()]
+    for t in range(1, steps + 1):
+        for i in range(count):
+            local[i] -= rate * gradients[i](local[i])
+        w = np.asarray(weights(t), float)
+        for p, part in enumerate(fragments):
+            first = (p + 1) * every // len(fragments)
+            if t >= first and (t - first) % every == 0:
+                moved = [shared[part] - local[i][part] for i in range(count)]
+                kept = sum(w[i] * moved[i] for i in range(count) if w[i] > 0)
+                on_the_way[p] = kept / w.sum() if w.sum() > 0 else None
+            if t - delay >= first and (t - delay - first) % every == 0:
+                delta = on_the_way.pop(p)
+                if delta is None:
+                    skipped += 1
+                else:
+                    buffer[part] = momentum * buffer[part] + delta
+                    shared[part] -= learning_rate * (delta + momentum * buffer[part])
+                for i in range(count):
+                    share = mixing if w[i] > 0 else 0.0
+                    local[i][part] = share * local[i][part] + (1 - share) * shared[part]
+        locals_.append(local.copy())
+        shareds.append(shared.copy())
+    return np.stack(locals_), np.stack(shareds), skipped
+
+
 def nag_auto(gradients, start, momentum, steps, power=8.0):
     """Step by step as in the docstring, z and all sums written out; start is a list of leaves.
 

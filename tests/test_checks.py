@@ -46,6 +46,9 @@ NUMBERS = {
     proximal.l1: ("strength",),
     proximal.group_l1: ("strength",),
     proximal.elastic_net: ("l1", "l2"),
+    proximal.sorted_l1: ("strength",),
+    proximal.total_variation: ("strength",),
+    proximal.nuclear: ("strength",),
     proximal.box: ("low", "high"),
 }  # fmt: skip
 # And those that may be schedules.
@@ -90,8 +93,7 @@ def call(make, **given):
 @pytest.mark.parametrize(("make", "name"), arguments(NUMBERS) + arguments(SCHEDULED))
 @pytest.mark.parametrize("wrong", WRONG, ids=map(str, range(len(WRONG))))
 def test_what_is_no_number_is_refused(make, name, wrong):
-    arrays = proximal.l1, proximal.group_l1, proximal.elastic_net, proximal.box
-    if make in arrays and isinstance(wrong, list | np.ndarray):
+    if make.__module__.startswith("nag_jax.proximal") and isinstance(wrong, list | np.ndarray):
         call(make, **{name: wrong})
         return
     with pytest.raises(ValueError, match=f"{name}( = mu/L)? must be (in|a|an) "):

@@ -29,7 +29,8 @@ def start():
 def meeting(dtype, weighted=False):
     def mean(tree, state, weight):
         weight = weight if weighted else None
-        return communication.mean_of_workers(tree, state, "workers", weight, dtype)
+        mean, _, state = communication.mean_of_workers(tree, state, "workers", weight, dtype)
+        return mean, state
 
     return jax.jit(jax.vmap(mean, axis_name="workers"))
 
@@ -113,8 +114,8 @@ def test_shard_map_gives_what_vmap_gives():
 
     def mean(tree, state):
         tree, state = jax.tree.map(lambda x: x[0], (tree, state))
-        out = communication.mean_of_workers(tree, state, "workers", None, jnp.int8)
-        return jax.tree.map(lambda x: x[None], out)
+        mean, _, state = communication.mean_of_workers(tree, state, "workers", None, jnp.int8)
+        return jax.tree.map(lambda x: x[None], (mean, state))
 
     mapped = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=rows, out_specs=rows))
     for a, b in zip(

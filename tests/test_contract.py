@@ -52,8 +52,17 @@ of_one_worker = functools.partial(
 
 
 def diloco(learning_rate, every):
-    """Of one worker, inside the axis that it needs."""
-    optimizer = nag_jax.diloco(nag_jax.nag(learning_rate, 0.5), "workers", every=every)
+    return of_workers(nag_jax.diloco(nag_jax.nag(learning_rate, 0.5), "workers", every=every))
+
+
+def streaming(learning_rate, every):
+    inner = nag_jax.nag(learning_rate, 0.5)
+    options = dict(every=every, delay=1, mixing=0.5, weighted=True)
+    return of_workers(nag_jax.diloco(inner, "workers", **options))
+
+
+def of_workers(optimizer):
+    """``optimizer`` of one worker, inside the axis that it needs."""
 
     def update(*arguments, **extra):
         return of_one_worker(lambda *arguments: optimizer.update(*arguments, **extra))(*arguments)
@@ -167,6 +176,9 @@ CASES = {
     "monotone_fista": Case(monotone_fista, dict(learning_rate=0.1), evaluates=True, copies=True),
     "diloco": Case(
         diloco, dict(learning_rate=0.05, every=2), ("every",), copies_params=True, copies=True
+    ),
+    "streaming diloco": Case(
+        streaming, dict(learning_rate=0.05, every=2), ("every",), copies_params=True, copies=True
     ),
     "snoo": Case(
         snoo, dict(learning_rate=0.05, every=3), ("every",), copies_params=True, copies=True

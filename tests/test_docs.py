@@ -17,7 +17,9 @@ import pytest
 import nag_jax
 
 MODULES = [m.name for m in pkgutil.walk_packages(nag_jax.__path__, "nag_jax.")]
-MODULES_OF_USERS = (nag_jax, nag_jax.rules, nag_jax.schedules, nag_jax.restart, nag_jax.proximal)
+MODULES_OF_USERS = (
+    nag_jax, nag_jax.gaps, nag_jax.rules, nag_jax.schedules, nag_jax.restart, nag_jax.proximal,
+)  # fmt: skip
 NAMES = dict(jax=jax, jnp=jnp, optax=optax, nag_jax=nag_jax, rules=nag_jax.rules)
 ROOT = Path(__file__).parent.parent
 PAGES = (

@@ -110,6 +110,35 @@ def test_metrics_are_those_of_the_whole_batch(mode):
 
 
 @every_mode
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sums_are_exact(mode, accumulate):
+    """Of counts whose mean is rounded."""
+    right = lambda p, b: (loss(p, b), jnp.sum(b["y"] > 0))
+    step = nag_jax.train_step(right, NAG, mode=mode, accumulate=accumulate, has_aux=True, aux="sum")
+    for rows in (64, 67):  # of 67 each device computes the last 3
+        batch = batch_of(rows)
+        _, _, metrics = run(step, start(), [batch])
+        assert metrics["aux"] == np.sum(batch["y"] > 0)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_micro_batches_are_the_same_on_any_number_of_devices(split):
+    """A loss that depends on which rows are together, as BatchNorm does."""
+    together = lambda p, b: jax.lax.pmean(jnp.mean(b["x"] @ p), "data") ** 2
+    alone = lambda p, b: jnp.mean(b["x"] @ p) ** 2
+    params, batch = np.ones((3, 8), np.float32), {"x": batch_of(64)["x"]}
+    found = []
+    for devices in (1, 4):
+        mesh = mesh_of(devices)
+        spec = P(None, "data") if split else P()
+        placed = jax.device_put(params, NamedSharding(mesh, spec))
+        objective = alone if split else together
+        step = nag_jax.train_step(objective, optax.sgd(0.1), mesh=mesh, accumulate=4)
+        found.append(run(step, placed, [batch])[0])
+    chex.assert_trees_all_close(*map(np.asarray, found), rtol=1e-6)
+
+
+@every_mode
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_one_all_reduce_per_update(mode, accumulate):
     def loss_and_more(params, batch, model_state):
@@ -126,6 +155,34 @@ def test_one_all_reduce_per_update(mode, accumulate):
     (size,) = found["all-reduce"]
     gradient, mean_of_x = sum(p.size for p in jax.tree.leaves(params)), 3
     assert gradient + mean_of_x < size <= gradient + mean_of_x + 3  # and weight, loss, aux
+
+
+@pytest.mark.parametrize(("mode", "accumulate"), [("jit", 1), ("jit", 2), ("shard_map", 2)])
+def test_the_program_of_abstract_arrays_is_that_of_arrays(mode, accumulate):
+    step = nag_jax.train_step(loss, NAG, mode=mode, accumulate=accumulate)
+    params, batch = start(), batch_of(64)
+    abstract = jax.eval_shape(lambda *trees: trees, params, step.init(params), batch)
+    expected = step.lower(params, step.init(params), batch).as_text()
+    assert step.lower(*abstract).as_text() == expected
+
+
+def test_an_abstract_split_of_parameters_is_that_of_arrays():
+    mesh = mesh_of(8)
+    params = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, P("data")))
+    step = nag_jax.train_step(lambda p, x: jnp.mean((x @ p) ** 2), NAG, mesh=mesh)
+    state, batch = step.init(params), jnp.ones((16, 64))
+    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    abstract = jax.tree.map(shaped, (params, state, batch))
+    assert step.lower(*abstract).as_text() == step.lower(params, state, batch).as_text()
+
+
+def test_abstract_arrays_that_cannot_be_lowered():
+    abstract = lambda rows: jax.eval_shape(lambda *trees: trees, start(), state, batch_of(rows))
+    for mode, rows, message in (("shard_map", 61, "divide evenly"), ("pmap", 64, "needs arrays")):
+        step = nag_jax.train_step(loss, NAG, mode=mode)
+        state = step.init(start())
+        with pytest.raises(ValueError, match=message):
+            step.lower(*abstract(rows))
 
 
 def test_an_all_reduce_for_each_micro_batch_is_seen():

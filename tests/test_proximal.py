@@ -1,6 +1,7 @@
 """Proximal operators minimize what they say; proximal steps are the papers', with their bounds."""
 
 import functools
+import itertools
 import re
 import warnings
 
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from jax.test_util import check_grads
 
 import nag_jax
 from nag_jax import proximal, restart, rules
@@ -42,6 +44,30 @@ PENALTIES = {
     "group_l1 rows and columns": (
         proximal.group_l1(0.7, axis=None),
         lambda z: 0.7 * jnp.sqrt(jnp.sum(jnp.abs(z) ** 2)),
+    ),
+    "non-negative l1": (
+        proximal.l1(0.7, nonnegative=True),
+        lambda z: jnp.where(jnp.all(z >= 0), 0.7 * jnp.sum(jnp.abs(z)), jnp.inf),
+    ),
+    "non-negative elastic net": (
+        proximal.elastic_net(0.4, 0.6, nonnegative=True),
+        lambda z: jnp.where(jnp.all(z >= 0), jnp.sum(0.4 * z + 0.3 * z**2), jnp.inf),
+    ),
+    "sorted_l1": (
+        proximal.sorted_l1(jnp.linspace(1.0, 0.0, 12).reshape(4, 3)),
+        lambda z: jnp.sum(jnp.linspace(1.0, 0.0, 12) * jnp.sort(jnp.abs(z).ravel())[::-1]),
+    ),
+    "total_variation": (
+        proximal.total_variation(0.4),
+        lambda z: 0.4 * jnp.sum(jnp.abs(jnp.diff(z, axis=-1))),
+    ),
+    "total_variation along columns": (
+        proximal.total_variation(0.2, axis=0),
+        lambda z: 0.2 * jnp.sum(jnp.abs(jnp.diff(z, axis=0))),
+    ),
+    "nuclear": (
+        proximal.nuclear(0.5),
+        lambda z: 0.5 * jnp.sum(jnp.linalg.svd(z, compute_uv=False)),
     ),
     "nonnegative": (proximal.nonnegative(), lambda z: jnp.where(jnp.all(z >= 0), 0.0, jnp.inf)),
     "box": (
@@ -674,3 +700,67 @@ def test_monotone_fista_takes_python_numbers():
 def test_groups_need_an_axis(axis):
     with pytest.raises(ValueError, match="axis must be an int, a tuple of different ints or None"):
         proximal.group_l1(1.0, axis=axis)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 60])
+def test_total_variation_meets_its_optimality_conditions(n):
+    """The running sum of v - z stays within the strength, and is at the bound where z jumps."""
+    for seed, strength in itertools.product(range(5), (0.0, 0.1, 1.0, 20.0)):
+        v = np.cumsum(np.random.default_rng(seed).normal(size=n))
+        z = np.asarray(proximal.total_variation(strength)(jnp.asarray(v), 1.0))
+        pull = np.cumsum(v - z)
+        assert abs(pull[-1]) < 1e-9
+        assert np.all(np.abs(pull) < strength + 1e-9)
+        jumps = np.diff(z)
+        np.testing.assert_allclose(
+            (pull[:-1] + strength * np.sign(jumps))[jumps != 0], 0, atol=1e-9
+        )
+
+
+@pytest.mark.usefixtures("x64")
+def test_structured_penalties_have_derivatives():
+    v = jnp.asarray(np.random.default_rng(0).normal(size=20))
+    weights = jnp.linspace(1.0, 0.2, 20)
+    for function, arguments in (
+        (lambda v, s: proximal.total_variation(s)(v, 1.0), (v, 0.4)),
+        (lambda v, s: proximal.sorted_l1(s)(v, 1.0), (v, weights)),
+        (lambda v, s: proximal.nuclear(s)(v, 1.0), (v.reshape(5, 4), 0.4)),
+    ):
+        check_grads(function, arguments, order=1)
+
+
+def test_structured_penalties_keep_dtypes_and_map():
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.bfloat16)
+    for prox in (
+        proximal.total_variation(0.3), proximal.nuclear(0.3), proximal.sorted_l1(0.3)
+    ):  # fmt: skip
+        z = prox({"w": v, "none": None}, 0.5)["w"]
+        assert z.dtype == jnp.bfloat16
+        assert z.shape == v.shape
+        mapped = jax.vmap(lambda v, prox=prox: prox(v, 0.5))(v)
+        assert mapped.shape == v.shape
+    np.testing.assert_allclose(
+        proximal.sorted_l1(0.3)(v.astype(float), 0.5), proximal.l1(0.3)(v.astype(float), 0.5),
+        atol=1e-6,
+    )  # fmt: skip
+
+
+def test_structured_penalties_name_bad_input():
+    for make, leaf, message in (
+        (proximal.sorted_l1, jnp.ones(3, complex), "sorted_l1 needs real leaves"),
+        (proximal.total_variation, jnp.ones(3, complex), "total_variation needs real leaves"),
+        (
+            proximal.total_variation,
+            jnp.array(1.0),
+            "leaves with axis -1, got shapes",
+        ),
+        (proximal.nuclear, jnp.ones(3), "at least two dimensions"),
+        (lambda s: proximal.l1(s, nonnegative=True), jnp.ones(3, complex), "needs real leaves"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(0.1)(leaf, 1.0)
+    with pytest.raises(ValueError, match="strength must not increase"):
+        proximal.sorted_l1(jnp.array([1.0, 2.0]))
+    with pytest.raises(ValueError, match="needs a number as strength"):
+        proximal.total_variation(jnp.ones(3))(jnp.ones(3), 1.0)

@@ -333,3 +333,67 @@ def test_errors():
         minimize(least_squares, jnp.zeros(6), prox=optax.projections.projection_simplex)
     with pytest.raises(ValueError, match=r"max_steps must be an int"):
         nag_jax.largest_curvature(least_squares, jnp.zeros(6), max_steps=0)
+
+
+def test_arguments_of_the_objective_and_their_derivatives():
+    def fun(p, a, *, penalty):
+        return least_squares(p, a) + penalty * jnp.sum(p**2)
+
+    def solution(a, penalty):
+        return minimize(fun, jnp.zeros(6), args=(a,), kwargs={"penalty": penalty}, tol=1e-4)
+
+    closed = minimize(lambda p: fun(p, A, penalty=0.3), jnp.zeros(6), tol=1e-4)
+    np.testing.assert_array_equal(solution(A, 0.3).params, closed.params)
+    slope = jax.jacfwd(lambda s: solution(jnp.asarray(A), s).params)(0.3)
+    step = 1e-2
+    around = [solution(A, 0.3 + by).params for by in (step, -step)]
+    np.testing.assert_allclose(slope, (around[0] - around[1]) / (2 * step), rtol=0.05, atol=1e-3)
+
+
+def test_aux_is_that_of_the_result():
+    fun = lambda p: (least_squares(p), {"residual": A @ p - B})
+    result = jax.jit(lambda p: minimize(fun, p, has_aux=True, tol=1e-4))(jnp.zeros(6))
+    assert result.converged
+    np.testing.assert_allclose(result.aux["residual"], A @ result.params - B, atol=1e-5)
+    with pytest.raises(ValueError, match=r"with has_aux fun must return a pair \(scalar, aux\)"):
+        minimize(least_squares, jnp.zeros(6), has_aux=True)
+
+
+def test_the_history_has_an_entry_for_each_step():
+    run = lambda p: minimize(least_squares, p, tol=1e-4, max_steps=500, history=True)
+    result = jax.jit(run)(jnp.zeros(6))
+    values, errors = result.history
+    steps = int(result.steps)
+    assert values.shape == errors.shape == (500,)
+    assert np.all(np.isfinite(values[:steps]) & np.isfinite(errors[:steps]))
+    assert np.all(np.isnan(values[steps:]) & np.isnan(errors[steps:]))
+    assert values[0] == least_squares(jnp.zeros(6))
+    assert errors[steps - 1] == result.error
+    many = jax.vmap(run)(jnp.stack([jnp.zeros(6), jnp.ones(6)]))
+    for batched, k in zip(many.history.values, many.steps, strict=True):
+        assert np.sum(np.isfinite(batched)) == k
+    assert minimize(least_squares, jnp.zeros(6)).history == ()
+
+
+def test_an_error_of_your_own():
+    distance = lambda p: jnp.max(jnp.abs(p - np.linalg.lstsq(A, B)[0]))
+    result = minimize(least_squares, jnp.zeros(6), error=distance, tol=0.01)
+    assert result.converged
+    assert distance(result.params) == result.error
+    assert minimize(least_squares, jnp.zeros(6), error=distance, tol=0.1).steps < result.steps
+    broken = minimize(least_squares, jnp.zeros(6), error=lambda p: jnp.nan)
+    assert reason(broken) == "NOT_FINITE"
+
+
+def test_new_arguments_are_checked():
+    for arguments, message in (
+        (dict(args=[1.0]), r"args must be a tuple, got list; for one argument give args=\(x,\)"),
+        (dict(error=0.1), "error must be a function of params or None, got 0.1"),
+        (dict(error=lambda p: p), "what error returns must be a real scalar"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            minimize(least_squares, jnp.zeros(6), **arguments)
+    with pytest.raises(ValueError, match="max_steps must be known while tracing"):
+        jax.jit(lambda n: minimize(least_squares, jnp.zeros(6), history=True, max_steps=n).history)(
+            jnp.array(5)
+        )

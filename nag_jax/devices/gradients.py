@@ -3,17 +3,18 @@
 A piece is some rows of the batch, and its loss is a mean over them. Loss and gradient of the pieces
 are summed with their weights, over the pieces of a device by a scan and over the devices by one
 all-reduce, and divided by the sum of the weights. The result is the mean over the whole batch,
-however it was divided.
+however it was divided. A gradient of which each device needs only a part is summed by a
+reduce-scatter instead, which sends half as much.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
 from nag_jax._arithmetic import real_like, wide
-from nag_jax._types import ArrayLike, LossFn, Params, PyTree, Scalar
+from nag_jax._types import ArrayLike, LossFn, Params, PyTree, Reduction, Scalar
 
 
 class Loss(NamedTuple):
@@ -22,6 +23,7 @@ class Loss(NamedTuple):
     function: LossFn
     has_aux: bool
     weight: Callable[[PyTree], ArrayLike] | None  # of a piece; None: its number of rows
+    aux: Reduction = "mean"  # how the aux of pieces becomes that of the batch
 
     def __call__(
         self, params: Params, model_state: PyTree, key: jax.Array | None, piece: PyTree
@@ -59,12 +61,22 @@ class Mean(NamedTuple):
 
     loss: jax.Array
     gradient: PyTree  # like params; None if only the loss was wanted
-    aux: PyTree
+    aux: PyTree  # or its sum, see Loss
     model_state: PyTree
 
 
+class Mapped(NamedTuple):
+    """The devices of a mapped axis."""
+
+    axis: str
+    devices: int
+    # From the number of a leaf of the gradient to the dimension along which each device gets only
+    # its part.
+    scattered: Mapping[int, int]
+
+
 class _Sums(NamedTuple):
-    """Sums over pieces; all but the first are weighted."""
+    """Sums over pieces; loss and gradient are weighted, and so is aux if it is a mean."""
 
     weight: jax.Array
     loss: jax.Array
@@ -101,17 +113,15 @@ def of_pieces(
     micro: PyTree,
     extra: PyTree,
     gradient: bool,
-    axis: str | None = None,
-    devices: int = 1,
+    mapped: Mapped | None = None,
 ) -> Mean:
     """The means over micro-batches, stacked along a new first axis, and rows ``extra``.
 
-    ``axis`` is the mapped axis of the devices. Each device has different micro-batches, and all
-    have the same ``extra``.
+    Each of the mapped devices has different micro-batches, and all have the same ``extra``.
     """
-    # Different random numbers on each device; without an axis the key is that of the whole batch.
-    if axis is not None and key is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    # Different random numbers on each device; without devices the key is that of the whole batch.
+    if mapped is not None and key is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(mapped.axis))
 
     def sums_of(
         model_state: PyTree, number: ArrayLike, piece: PyTree, share: float = 1.0
@@ -121,20 +131,27 @@ def of_pieces(
             loss, params, model_state, piece_key, piece, gradient
         )
         weight = loss.weigh(piece) * share
-        # The mean over a piece without samples is 0/0.
-        weighted = lambda x: jnp.where(
-            weight > 0, real_like(weight, x) * wide(x), jnp.zeros_like(wide(x))
-        )
-        return _Sums(wide(weight), *jax.tree.map(weighted, (value, slope, aux))), model_state
+
+        def times(factor: ArrayLike, tree: PyTree) -> PyTree:
+            # The mean over a piece without samples is 0/0.
+            weighted = lambda x: jnp.where(weight > 0, real_like(factor, x) * wide(x), 0)
+            return jax.tree.map(weighted, tree)
+
+        value, slope = times(weight, (value, slope))
+        aux = times(share if loss.aux == "sum" else weight, aux)
+        return _Sums(wide(weight), value, slope, aux), model_state
 
     total, model_state = _over_micro_batches(sums_of, model_state, micro)
     if jax.tree.leaves(extra):
         # All devices compute these rows, so that each contributes 1/devices of them.
-        new, model_state = sums_of(model_state, _count(micro), extra, 1.0 / devices)
+        share = 1.0 / (mapped.devices if mapped else 1)
+        new, model_state = sums_of(model_state, _count(micro), extra, share)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     assert total is not None  # a batch has rows
-    total, model_state = _over_devices(total, model_state, axis)
+    total, model_state = _over_devices(total, model_state, mapped)
     _, value, slope, aux = jax.tree.map(lambda x: x / real_like(total.weight, x), total)
+    if loss.aux == "sum":
+        aux = total.aux
     # In the dtypes of params, as jax.grad returns it.
     if gradient:
         slope = jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, slope)
@@ -162,7 +179,7 @@ def _over_micro_batches(
     return jax.lax.scan(add, (zeros, model_state), numbered)[0]
 
 
-def _over_devices(total: _Sums, model_state: PyTree, axis: str | None) -> tuple[_Sums, PyTree]:
+def _over_devices(total: _Sums, model_state: PyTree, mapped: Mapped | None) -> tuple[_Sums, PyTree]:
     """The sums over devices, and the weighted mean of the model state over them."""
     # Leaves that are not floating-point, such as counts, are the same on all devices.
     is_mean = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
@@ -171,12 +188,26 @@ def _over_devices(total: _Sums, model_state: PyTree, axis: str | None) -> tuple[
     moving = [
         jnp.where(weight > 0, real_like(weight, x) * wide(x), 0) for x in leaves if is_mean(x)
     ]
-    # One psum, so that there is one all-reduce.
-    if axis is not None:
-        total, moving = jax.lax.psum((total, moving), axis)
+    if mapped is not None:
+        slopes, like = jax.tree.flatten(total.gradient)
+        parts = {i: _part(slopes[i], d, mapped.axis) for i, d in mapped.scattered.items() if slopes}
+        whole = {i: slope for i, slope in enumerate(slopes) if i not in parts}
+        # One psum, so that there is one all-reduce.
+        others = total._replace(gradient=whole), moving
+        total, moving = jax.lax.psum(others, mapped.axis)
+        summed = total.gradient | parts
+        total = total._replace(gradient=like.unflatten([summed[i] for i in range(len(slopes))]))
     means = iter([x / real_like(total.weight, x) for x in moving])
     leaves = [next(means).astype(x.dtype) if is_mean(x) else x for x in leaves]
     return total, structure.unflatten(leaves)
+
+
+def _part(x: jax.Array, dimension: int, axis: str) -> jax.Array:
+    """This device's part along a dimension of the sum over the axis."""
+    # Along the first dimension: where parts of the last one are narrower than a tile of a TPU, XLA
+    # makes an all-reduce of it.
+    first = jnp.moveaxis(x, dimension, 0)
+    return jnp.moveaxis(jax.lax.psum_scatter(first, axis, tiled=True), 0, dimension)
 
 
 def _count(micro: PyTree) -> int:

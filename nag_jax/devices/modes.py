@@ -14,7 +14,7 @@ from jax.stages import Lowered, Wrapped
 
 from nag_jax._types import ArrayLike, Mode, Params, PyTree, Tree
 from nag_jax.devices import gradients
-from nag_jax.devices.placement import place, spec_on
+from nag_jax.devices.placement import axes_of, place, spec_of, spec_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,13 @@ class Devices:
         seen = {id(x) for x in jax.tree.leaves(apart_from)}
 
         def own(x: jax.Array) -> jax.Array:
+            if isinstance(x, jax.ShapeDtypeStruct):
+                if self.mode == "pmap":
+                    raise ValueError(
+                        'mode="pmap" needs arrays, got a jax.ShapeDtypeStruct; use mode="jit" or '
+                        '"shard_map"'
+                    )
+                return place(x, self.sharding(x))
             mine = self._holds(x) and id(x) not in seen
             seen.add(id(x))
             if mine and self.mode == "pmap":  # which also takes other shardings
@@ -122,6 +129,11 @@ class Devices:
         even = count - count % (self.count * self.accumulate)
         if self._whole_batch or even == count:
             return self._to_devices(batch), None
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batch)):
+            raise ValueError(
+                f"an abstract batch needs rows that divide evenly over {self.count} devices and "
+                f"{self.accumulate} micro-batches, got {count}"
+            )
         batch = jax.tree.map(self._sliceable, batch)
         main = jax.tree.map(lambda x: x[:even], batch) if even else None
         extra = jax.tree.map(lambda x: self._move(x[even:], self.whole), batch)
@@ -142,6 +154,8 @@ class Devices:
         # Of traced arrays under Auto axes XLA chooses the placement.
         if isinstance(x, Tracer):
             return place(x, sharding) if AxisType.Explicit in self.mesh.axis_types else x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return place(x, sharding)
         # An array of this process alone cannot be moved to the devices of others.
         if not sharding.is_fully_addressable and getattr(x, "is_fully_addressable", True):
             raise ValueError(
@@ -183,8 +197,12 @@ class Devices:
         main: PyTree,
         extra: PyTree,
         gradient: bool = True,
+        shardings: PyTree = None,
     ) -> gradients.Mean:
-        """The means over the whole batch; ``split`` is whether params are split along the axis."""
+        """The means over the whole batch; ``split`` is whether params are split along the axis.
+
+        ``shardings`` are those in which the gradient is wanted; None: any.
+        """
         if self._whole_batch:
             batch = self._split_rows(main)
             return gradients.of_whole(loss, params, model_state, key, batch, gradient)
@@ -193,12 +211,21 @@ class Devices:
             micro = self._interleaved(main)
             return gradients.of_pieces(loss, params, model_state, key, micro, extra, gradient)
 
+        whole, rows = PartitionSpec(), PartitionSpec(self.axis)
+        parts = whole if shardings is None else jax.tree.map(self._scattered, shardings)
+        scattered = {
+            i: list(part).index(self.axis)
+            for i, part in enumerate(jax.tree.leaves(parts))
+            if any(part)
+        }
+        devices = gradients.Mapped(self.axis, self.count, scattered)
+
         def local(
             params: Params, model_state: PyTree, key: jax.Array | None, main: PyTree, extra: PyTree
         ) -> gradients.Mean:
-            micro = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), main)
+            micro = jax.tree.map(self._micro_batches, main)
             return gradients.of_pieces(
-                loss, params, model_state, key, micro, extra, gradient, self.axis, self.count
+                loss, params, model_state, key, micro, extra, gradient, devices
             )
 
         if self.mode == "pmap":
@@ -206,18 +233,28 @@ class Devices:
         # shard_map does not move arrays of Explicit axes to the shardings that it needs.
         main = jax.tree.map(lambda x: place(x, self.rows), main)
         extra = jax.tree.map(lambda x: place(x, self.whole), extra)
-        whole, rows = PartitionSpec(), PartitionSpec(self.axis)
         # Unchecked, the gradient is that of the device, whatever collectives the loss contains. If
         # checked, JAX itself would sum the gradient over devices, before the weights are applied.
         mapped = jax.shard_map(
             local,
             mesh=self.mesh,
             in_specs=(whole, whole, whole, rows, whole),
-            out_specs=whole,
+            out_specs=gradients.Mean._make((whole, parts, whole, whole)),
             axis_names={self.axis},
             check_vma=False,
         )
         return mapped(params, model_state, key, main, extra)
+
+    def _scattered(self, sharding: NamedSharding) -> PartitionSpec:
+        """How a reduce-scatter over the axis leaves an array that is wanted in this sharding."""
+        names = [axes_of(entry) for entry in sharding.spec]
+        # XLA would first gather an array that other axes split too, and JAX (0.7 to 0.12) cannot
+        # lower psum_scatter beside other Explicit axes.
+        alone = all(dim in ((), (self.axis,)) for dim in names)
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        del kinds[self.axis]
+        scattered = alone and AxisType.Explicit not in kinds.values()
+        return spec_of(names) if scattered else PartitionSpec()
 
     def _split_rows(self, batch: PyTree) -> PyTree:
         """A traced batch split over the devices by rows."""
@@ -229,9 +266,15 @@ class Devices:
     def _interleaved(self, batch: PyTree) -> PyTree:
         """Micro-batches along a new first axis, each with rows of every device."""
         sharding = NamedSharding(self.mesh, PartitionSpec(None, self.axis))
-        # Neighbouring rows, which are on one device, go to different micro-batches: nothing moves.
-        cut = lambda x: x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
-        return jax.tree.map(lambda x: place(cut(x), sharding), batch)
+        return jax.tree.map(lambda x: place(self._micro_batches(x), sharding), batch)
+
+    def _micro_batches(self, x: jax.Array) -> jax.Array:
+        """Every ``accumulate``-th row, along a new first axis.
+
+        So each micro-batch has the same rows on any number of devices, and nothing moves between
+        devices, since neighbouring rows go to different micro-batches.
+        """
+        return x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1)
 
 
 class Pmapped(NamedTuple):

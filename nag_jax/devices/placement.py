@@ -1,16 +1,23 @@
 """Where arrays lie on a mesh, and moving them there, under Auto and Explicit axes."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nag_jax._types import ArrayLike, Leaf
+from nag_jax._types import Leaf
 
 
-def place(x: ArrayLike, sharding: NamedSharding) -> jax.Array:
-    """``x`` with this sharding, inside and outside of jit, for Auto and Explicit axes."""
+def place(x: Leaf, sharding: NamedSharding) -> jax.Array:
+    """``x`` with this sharding, inside and outside of jit, for Auto and Explicit axes.
+
+    A ``jax.ShapeDtypeStruct`` is given the sharding.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return cast(jax.Array, x.update(sharding=sharding))
     if not isinstance(x, Tracer):
         return jax.device_put(x, sharding)
     placed: jax.Array = x

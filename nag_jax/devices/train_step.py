@@ -23,12 +23,14 @@ from nag_jax._types import (
     OptState,
     Params,
     PyTree,
+    Reduction,
     Tree,
     Updates,
 )
 from nag_jax.devices import gradients
 from nag_jax.devices.modes import Devices, Pmapped
-from nag_jax.devices.placement import check_axis
+from nag_jax.devices.placement import check_axis, place
+from nag_jax.devices.zero1 import Zero1
 from nag_jax.evaluation import evaluated
 
 _LATE = 8  # steps that the host may run ahead before it reads whether one was finite
@@ -55,7 +57,7 @@ class Metrics(TypedDict):
     loss: jax.Array  # the mean over the batch, shape=(), float32 at least
     grad_norm: jax.Array  # of its gradient, shape=(), float32 at least
     skipped: jax.Array  # steps skipped so far, shape=(), int32
-    aux: NotRequired[PyTree]  # the mean over the batch, with has_aux
+    aux: NotRequired[PyTree]  # the mean or sum over the batch, with has_aux
 
 
 def train_step(
@@ -68,6 +70,7 @@ def train_step(
     accumulate: int = 1,
     nonfinite: NonFinite = "raise",
     has_aux: bool = False,
+    aux: Reduction = "mean",
     weight: Callable[[PyTree], ArrayLike] | None = None,
 ) -> "TrainStep":
     r"""Makes a data-parallel training step with jit, shard_map or pmap.
@@ -112,14 +115,17 @@ def train_step(
       axis: the axis of the mesh over which the rows of a batch are split.
       mode: "jit", "shard_map" or "pmap".
       accumulate: the number of micro-batches that each device computes in sequence, at least 1.
-        Gradients are summed in at least float32 and all-reduced once.
+        Micro-batch i has the rows i, i + accumulate and so on, on any number of devices. Gradients
+        are summed in at least float32 and reduced once.
       nonfinite: what to do when the loss or a gradient is not finite in any micro-batch on any
         device. Every device skips that update. "skip" counts it and continues. "raise" also skips
         all later updates and raises within 8 calls, since waiting for every step would stall the
         host; params and state are then those from before the bad batch, and ``step.resume(state)``
         continues from there.
-      has_aux: whether loss_fn returns ``(loss, aux)``, or ``(loss, (model_state, aux))``. Aux, a
-        pytree of numbers, is averaged like the loss and returned as ``metrics["aux"]``.
+      has_aux: whether loss_fn returns ``(loss, aux)``, or ``(loss, (model_state, aux))``. Aux is a
+        pytree of numbers and returned as ``metrics["aux"]``.
+      aux: how the aux of the pieces of a batch becomes that of the batch. "mean": averaged like the
+        loss. "sum": added, for counts and sums over rows, such as the number of right answers.
       weight: ``piece of the batch -> scalar``, the number of samples of a piece if these are not
         its rows, such as ``lambda batch: batch["mask"].sum()`` for padded rows or tokens. Without
         it, pieces with different numbers of samples would have equal weights. None: rows.
@@ -130,10 +136,10 @@ def train_step(
       parameters are conjugated, as descent requires.
 
     Raises:
-      ValueError: for an unknown mode or nonfinite, accumulate below 1, a mesh without that axis or
-        an optimizer that is not a gradient transformation; from the step, for arrays with different
-        numbers of rows, and for parameters or state that are split in a way that the mode does not
-        allow.
+      ValueError: for an unknown mode, nonfinite or aux, accumulate below 1, a mesh without the axis
+        or an optimizer that is not a gradient transformation; from the step, for arrays with
+        different numbers of rows, and for parameters or state that are split in a way that the mode
+        does not allow.
       FloatingPointError: from the step, with ``nonfinite="raise"``.
 
     Example:
@@ -155,6 +161,7 @@ def train_step(
     """
     check_choice("mode", mode, get_args(Mode))
     check_choice("nonfinite", nonfinite, get_args(NonFinite))
+    check_choice("aux", aux, get_args(Reduction))
     check_count("accumulate", accumulate, static=True)
     check_optimizer("optimizer", optimizer)
     if mesh is None:
@@ -167,7 +174,7 @@ def train_step(
         )
     if mode == "pmap":  # which has no axis types; modes.py may then assume Auto axes
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
-    loss = gradients.Loss(loss_fn, has_aux, weight)
+    loss = gradients.Loss(loss_fn, has_aux, weight, aux)
     optimizer = optax.with_extra_args_support(optimizer)
     return TrainStep(loss, optimizer, Devices(mesh, axis, mode, accumulate), nonfinite)
 
@@ -289,13 +296,30 @@ class TrainStep:
     def lower(self, params: Params, state: StepState, batch: PyTree) -> Lowered:
         """Returns the lowered program of one step, for its cost, memory and collectives.
 
+        With modes "jit" and "shard_map" the arrays may be abstract, ``jax.ShapeDtypeStruct``, and
+        the mesh one of devices that are not there (``jax.experimental.topologies``). So a model can
+        be checked against the memory of a device before anything is allocated.
+
         Args:
-          params: the parameters of the step.
-          state: the state of the step.
-          batch: the batch of the step.
+          params: the parameters of the step; abstract ones are whole if they have no sharding.
+          state: the state of the step, of ``jax.eval_shape(step.init, params)`` for abstract
+            parameters; its leaves are then whole unless they are given shardings.
+          batch: the batch of the step; the rows of an abstract one must divide evenly.
 
         Returns:
           A ``jax.stages.Lowered``, as ``jax.jit(...).lower`` does.
+
+        Raises:
+          ValueError: for abstract arrays with mode "pmap", or whose rows do not divide evenly.
+
+        Example:
+          >>> step = nag_jax.train_step(lambda p, x: jnp.mean((x @ p) ** 2), nag_jax.nag(0.1))
+          >>> params = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+          >>> batch = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
+          >>> lowered = step.lower(params, jax.eval_shape(step.init, params), batch)
+          >>> memory = lowered.compile().memory_analysis()
+          >>> memory.alias_size_in_bytes > 2 * 4 * params.size  # parameters and momentum, donated
+          True
         """
         with self._context():
             compiled, arguments = self._compile(params, state, batch)
@@ -339,10 +363,15 @@ class TrainStep:
     ) -> tuple[Params, StepState, Metrics, jax.Array]:
         """The new params and state, the metrics, and the alarm, see ``_alarm``."""
         key = None if state.rng is None else jax.random.fold_in(state.rng, state.steps)
-        mean = lambda params, gradient: self._devices.mean(
-            self._loss, split, params, state.model_state, key, main, extra, gradient
+        mean = lambda params, gradient, shardings=None: self._devices.mean(
+            self._loss, split, params, state.model_state, key, main, extra, gradient, shardings
         )
-        loss, gradient, aux, model_state = mean(params, True)
+        shardings = None
+        if isinstance(self._optimizer, Zero1) and self._devices.mode != "pmap":
+            shardings = self._optimizer.gradient_shardings(params, state.opt_state)
+        loss, gradient, aux, model_state = mean(params, True, shardings)
+        if shardings is not None:
+            gradient = jax.tree.map(place, gradient, shardings)
         # Not by the norm, which is not finite either: where the gradient is split, XLA merges
         # adjacent sums over devices, and the sums of squares would separate them.
         finite = jnp.isfinite(loss) & jnp.all(

@@ -91,15 +91,18 @@ class _Split(NamedTuple):
     min_size: int
 
     def spec(self, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-        """``spec`` with one more axis, on the first dimension that can take it."""
+        """``spec`` with one more axis, on the dimension that is best to split."""
         names = [axes_of(entry) for entry in spec] + [()] * (len(shape) - len(spec))
         parts = [math.prod(self.mesh.shape[name] for name in (*dim, self.axis)) for dim in names]
         free = [d for d, length in enumerate(shape) if length % parts[d] == 0]
         small = math.prod(shape) < self.min_size
         if any(self.axis in dim for dim in names) or small or not free:
             return spec
-        # min() takes the first of the dimensions that are split over the fewest axes.
-        chosen = min(free, key=lambda d: len(names[d]))
+        # Not the last one if possible: a TPU pads rows of fewer than 128 numbers. The longest,
+        # since layers that a scan goes through, stacked along a short one, should not be split: XLA
+        # would not scatter their gradient. The first of those.
+        last = len(shape) - 1
+        chosen = min(free, key=lambda d: (len(names[d]), d == last, -shape[d]))
         names[chosen] += (self.axis,)
         return spec_of(names)
 
@@ -120,6 +123,16 @@ class _Split(NamedTuple):
         return jax.tree.map(put, arrays, self.shardings(arrays, layout, split))
 
 
+class Zero1(optax.GradientTransformationExtraArgs):
+    """The result of :func:`zero1`, which tells ``train_step`` how it splits the gradient."""
+
+    over: _Split
+
+    def gradient_shardings(self, params: Params, state: PyTree) -> PyTree:
+        """The shardings in which ``update`` uses the gradient."""
+        return self.over.shardings(params, state.layout or Layout(()), split=True)
+
+
 def zero1(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -131,19 +144,24 @@ def zero1(
 
     With N devices along the axis, each keeps 1/N of every large buffer, takes that part of the
     gradient, computes that part of the update, and gathers the other parts of the update. The
-    numbers are those of ``optimizer``. Parameters are not moved. They may be split over other axes
-    of the mesh (tensor parallelism); each device then keeps 1/N of the state of its part. The state
-    of a parameter that is already split over this axis (FSDP) is split in the same way as the
-    parameter.
+    numbers are those of ``optimizer``. In ``train_step`` that is a reduce-scatter of the gradient
+    and an all-gather of the update, as many bytes as the all-reduce of plain data parallelism, also
+    with ``accumulate``.
 
-    A leaf is split along the first dimension that N divides, after the split over other axes.
-    Dimensions that are not split yet take precedence. A leaf without such a dimension is not split.
+    Parameters are not moved. They may be split over other axes of the mesh (tensor parallelism);
+    each device then keeps 1/N of the state of its part. The state of a parameter that is already
+    split over this axis (FSDP) is split in the same way as the parameter.
 
-    A quantity that depends on the whole gradient, such as its norm for clipping, needs an
-    all-reduce of a few numbers. ``train_step`` with mode "jit" makes two of these, for the norm in
-    its metrics and for the check that all numbers are finite. With mode "shard_map" it makes none,
-    but XLA cannot turn the all-reduce of the gradient into a reduce-scatter there, which would move
-    half the bytes.
+    A leaf is split along a dimension that N divides, after the split over other axes. Dimensions
+    that are not split yet take precedence, then all but the last, then the longest. A leaf without
+    such a dimension is not split.
+
+    A quantity that depends on the whole gradient needs an all-reduce of a few numbers. There are
+    two in ``train_step``, for the norm in its metrics and for the check that all numbers are
+    finite, and another one if ``optimizer`` clips. An all-reduce of the gradient remains, so that
+    1.5 times as much is sent, in mode "shard_map" and with ``accumulate`` for parameters that other
+    axes split and on a mesh with other Explicit axes; in mode "jit" without ``accumulate`` it may
+    remain under Explicit axes, and does on CPU.
 
     Wrap a whole optimizer, including clipping, and call it outside of ``shard_map`` and ``pmap``:
     in ``jax.jit``, in a scan, or in ``train_step`` with mode "jit" or "shard_map". Under Auto axes,
@@ -224,4 +242,6 @@ def zero1(
         # Placed again, since under Auto axes XLA might choose another sharding for the new state.
         return gather(updates), Zero1State(split(inner), state.layout)
 
-    return transformation(init, update)
+    result = Zero1(*transformation(init, update))
+    result.over = over
+    return result

@@ -53,6 +53,7 @@ def snoo(
     *,
     every: int = 28,
     slow_dtype: DTypeLike | None = None,
+    memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SNOO: Nesterov's momentum on the displacement of k steps of any optimizer, on one worker.
 
@@ -67,6 +68,8 @@ def snoo(
       every: k, the number of inner steps per outer step, at least 1.
       slow_dtype: floating or complex dtype of the slow copy and the outer momentum; None: that of
         each parameter.
+      memory_kind: ``"pinned_host"`` for slow copy and outer momentum in the host's memory, which
+        needs a static ``sync``; None: on the device.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
@@ -81,7 +84,13 @@ def snoo(
       Kallusky, Rao, Nandavanam, Shi, SNOO: step-K Nesterov outer optimizer, 2025,
       arXiv:2510.15830.
     """
-    return outer(inner, nag(learning_rate, momentum), every=every, slow_dtype=slow_dtype)
+    return outer(
+        inner,
+        nag(learning_rate, momentum),
+        every=every,
+        slow_dtype=slow_dtype,
+        memory_kind=memory_kind,
+    )
 
 
 def diloco(
@@ -92,13 +101,21 @@ def diloco(
     *,
     every: int = 500,
     slow_dtype: DTypeLike | None = None,
+    fragments: int = 1,
+    delay: int = 0,
+    mixing: float = 0.0,
+    weighted: bool = False,
+    memory_kind: str | None = None,
+    send_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """DiLoCo: workers train independently and synchronize every H steps by a Nesterov step.
 
     This is ``outer(inner, nag(learning_rate, momentum), every=every, axis_name=axis_name)``, see
-    :func:`nag_jax.outer`. In H steps the workers communicate one mean of a params-sized float32
-    tree. MuLoCo is ``diloco(optax.contrib.muon(...), axis_name)``. The paper evaluates the slow
-    copy, ``state.slow``; ``eval_params`` gives the Nesterov iterate that corresponds to it.
+    :func:`nag_jax.outer`, which explains the other options. In H steps the workers communicate one
+    mean of a params-sized tree, in float32 or send_dtype. MuLoCo is
+    ``diloco(optax.contrib.muon(...), axis_name)``; Streaming DiLoCo has fragments, a delay and a
+    mixing of 0.5. The papers evaluate the slow copy, ``state.slow``; ``eval_params`` gives the
+    Nesterov iterate that corresponds to it.
 
     Args:
       inner: the optimizer of each worker, including its learning rate; AdamW in the paper.
@@ -108,20 +125,28 @@ def diloco(
       every: H, the number of inner steps per outer step, at least 1.
       slow_dtype: floating or complex dtype of the slow copy and the outer momentum; None: that of
         each parameter.
+      fragments: P, the number of parts of the parameters that synchronize in turn, at least 1.
+      delay: tau, the number of inner steps between sending and the outer step, from 0 to H - 1.
+      mixing: alpha in [0, 1], the share of its own parameters that a worker keeps in an outer step.
+      weighted: whether ``update`` takes ``weight``, the worker's weight in the mean.
+      memory_kind: ``"pinned_host"`` for slow copy and outer momentum in the host's memory, which
+        needs a static ``sync``; None: on the device.
+      send_dtype: dtype in which displacements are sent, ``jnp.bfloat16``, ``jnp.int8`` or
+        ``jnp.int4``, with error feedback; None: float32.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``.
 
     Raises:
-      ValueError: for numbers out of range, an inner that is not a gradient transformation, or if
-        axis_name is None.
+      ValueError: as :func:`nag_jax.outer`, and if axis_name is None.
 
     Example:
       >>> optimizer = nag_jax.diloco(optax.adamw(1e-3), "workers")
 
     References:
       Douillard et al., DiLoCo: distributed low-communication training of language models, 2023,
-      arXiv:2311.08105, algorithm 1 and section 3.
+      arXiv:2311.08105, algorithm 1 and section 3. Douillard et al., Streaming DiLoCo with
+      overlapping communication, 2025, arXiv:2501.18512.
     """
     if axis_name is None:
         raise ValueError(
@@ -134,4 +159,10 @@ def diloco(
         every=every,
         axis_name=axis_name,
         slow_dtype=slow_dtype,
+        fragments=fragments,
+        delay=delay,
+        mixing=mixing,
+        weighted=weighted,
+        memory_kind=memory_kind,
+        send_dtype=send_dtype,
     )

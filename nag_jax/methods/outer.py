@@ -1,6 +1,6 @@
 """Local training: an outer optimizer on the displacement of H inner steps of each worker."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,44 +14,41 @@ from nag_jax._arithmetic import (
     filled,
     map_gradients,
     mix,
-    varying_axes,
     wide,
+    wide_zeros,
 )
 from nag_jax._checks import (
-    check_count,
     check_dtype,
     check_optimizer,
+    check_range,
     check_trainable,
     given_params,
 )
-from nag_jax._paths import by_path, only_scalar
 from nag_jax._types import (
     ArrayLike,
     AxisName,
     DTypeLike,
-    KeyPath,
     OptState,
     Params,
     PyTree,
+    Scalar,
+    Tree,
     Updates,
     transformation,
 )
-from nag_jax.evaluation import evaluated
-
-
-class OuterState(NamedTuple):
-    """State of :func:`outer`."""
-
-    inner: OptState  # of the inner optimizer; an outer step does not reset it
-    slow: Params  # params at the last outer step, like params; their dtype, or slow_dtype
-    outer: OptState  # of the outer optimizer
-    steps: jax.Array  # inner steps since the last outer step, shape=(), int32
-
-    def iterate(self, params: Params) -> Params:
-        """Returns the outer optimizer's iterate of the last outer step, for :func:`eval_params`."""
-        del params
-        only_scalar(self.steps)  # raises for a stack of states
-        return evaluated(self.slow, self.outer)
+from nag_jax.methods._fragments import (
+    Meeting,
+    check_rounds,
+    due_fragments,
+    joined,
+    merged,
+    numbered,
+    parts,
+)
+from nag_jax.methods._host import check_memory_kind, on_device, on_host
+from nag_jax.methods._outer_state import Fragment, OuterState, Sent, alike, assembled, split
+from nag_jax.methods._workers import check_workers, given_weight, mean_of_workers
+from nag_jax.methods.communication import start
 
 
 def outer(
@@ -61,6 +58,12 @@ def outer(
     every: int,
     axis_name: AxisName | None = None,
     slow_dtype: DTypeLike | None = None,
+    fragments: int = 1,
+    delay: int = 0,
+    mixing: float = 0.0,
+    weighted: bool = False,
+    memory_kind: str | None = None,
+    send_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies an outer optimizer to the displacement of every H steps of an inner one.
 
@@ -83,19 +86,42 @@ def outer(
     bool, ``update(..., sync=True)`` or ``sync=False``. The compiled inner step then contains no
     collective, and ``every`` is ignored.
 
+    Between sites the options of Streaming DiLoCo lower the peak of what is sent, and the wait:
+
+    * ``fragments``: the parameters are divided into P groups of successive leaves of similar size.
+      Fragment p, from 0, is sent in the steps :math:`t_p = \lfloor (p+1)H/P \rfloor`,
+      :math:`t_p + H`, ... Each has its own slow copy, its own state of the outer optimizer and its
+      own collective.
+    * ``delay``: a displacement is sent :math:`\tau` steps before the outer step that uses it. If
+      these steps are compiled as one program, they hide the network. In the outer step a worker
+      keeps the share :math:`\alpha` of its own parameters (``mixing``), and with it of what it
+      learned meanwhile: :math:`\theta_i' = \alpha \theta_i + (1 - \alpha) \theta'`.
+    * ``send_dtype``: displacements are rounded stochastically before they are sent, and each worker
+      adds its rounding error to its next displacement (error feedback).
+    * ``weighted``: the mean is :math:`\sum_i w_i (\theta - \theta_i) / \sum_i w_i`, and ``update``
+      takes :math:`w_i` as ``weight=``, a scalar of at least 0, by default 1. A worker of weight 0
+      contributes nothing, even if its parameters are not finite, and receives the slow copy as the
+      others do (its parameters become finite again only by :func:`resynchronize`). If all weights
+      are 0, the slow copy remains as it is and ``state.skipped`` counts one more. The weight counts
+      in the step that sends. Whether a traced weight is negative is not checked.
+    * ``memory_kind``: what only outer steps need is in the memory of the host.
+
+    With fragments or a delay, ``sync`` is what :func:`nag_jax.meeting` returns for the step.
+
     A step with ``sync=False`` moves as much memory as a step of ``inner`` alone. Where it is known
     only at run time whether a step is the last of its round, it also reads the slow copy, and a
     last step computes the update of ``inner`` twice: what a branch is given, XLA would keep in
     memory at every step.
 
-    The state is bit for bit the same on all workers. Params may differ in the last bit after an
-    outer step, since the addition of an update is rounded; :func:`resynchronize` corrects this.
+    The slow copy and the state of the outer optimizer are bit for bit the same on all workers.
+    Params may differ in the last bit after an outer step, since the addition of an update is
+    rounded; :func:`resynchronize` corrects this.
 
     Args:
       inner: the optimizer of each worker, including its learning rate. It receives all extra
-        arguments of ``update`` except ``sync``.
+        arguments of ``update`` except ``sync`` and ``weight``.
       outer_optimizer: any gradient transformation, for the gradient :math:`\Delta`; its schedules
-        count outer steps.
+        count outer steps, with fragments those of each fragment.
       every: H, the number of inner steps per outer step, at least 1.
       axis_name: inside ``shard_map``, ``pmap`` or ``vmap``, the axis or axes of the workers, which
         have different params and states (rows of a stack); None: one worker.
@@ -103,15 +129,31 @@ def outer(
         outer optimizer; None: that of each parameter. With bfloat16 params float32 preserves what
         an outer step would lose to rounding; a narrower dtype rounds the model at each outer step.
         Complex parameters keep a complex copy of at least that precision, real ones a real copy.
+      fragments: P, from 1 to H and to the number of arrays in params. The largest fragment is as
+        small as the order of the leaves allows.
+      delay: tau, the number of inner steps between sending and the outer step, from 0 to H - 1.
+      mixing: alpha in [0, 1], the share of its own parameters that a worker keeps in an outer step;
+        0.5 in the paper where there is a delay. A worker of weight 0 keeps nothing.
+      weighted: whether ``update`` takes ``weight``; needs axis_name.
+      memory_kind: ``"pinned_host"`` keeps the slow copy, the buffers of the outer optimizer and
+        delayed displacements there, None on the device. It needs ``sync`` to be known when the
+        step is compiled, since other steps must not touch these arrays. Call
+        :func:`resynchronize` and ``eval_params`` only after outer steps.
+      send_dtype: ``jnp.bfloat16``, ``jnp.int8`` or ``jnp.int4`` (with one scale for each row of a
+        leaf); None: float32, or float64 where parameters are. Needs axis_name. The state then
+        holds one more float32 tree for each worker.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Its state holds a
-      copy of params and both optimizers' states.
+      An ``optax.GradientTransformationExtraArgs``. Its update needs ``params``. Its state,
+      :class:`OuterState`, holds a copy of params and both optimizers' states, and with a delay one
+      float32 tree of displacements.
 
     Raises:
-      ValueError: if every is below 1, slow_dtype is neither a floating nor a complex dtype, or
-        inner or outer_optimizer is not a gradient transformation; from init, if a parameter is
-        neither floating-point nor complex; from update, without params.
+      ValueError: for numbers out of range, a dtype or memory that is not listed, an inner or
+        outer_optimizer that is not a gradient transformation, or an option that needs axis_name;
+        from init, if a parameter is neither floating-point nor complex, there are fewer arrays
+        than fragments, or the device cannot use the host's memory; from update, without params,
+        for a ``sync`` of other fragments, or a weight that is negative or not a scalar.
 
     Example:
       In a narrow valley gradient descent is slow along the flat direction. An outer step after
@@ -130,151 +172,187 @@ def outer(
       descent          3e-04
       with nag outside 5e-06
 
+      Four fragments in eight steps, each used one step after it is sent:
+
+      >>> optimizer = nag_jax.outer(
+      ...     optax.sgd(0.1), nag_jax.nag(0.7, 0.9), every=8, fragments=4, delay=1, mixing=0.5
+      ... )
+      >>> params = {name: jnp.ones(3) for name in "abcd"}
+      >>> state = optimizer.init(params)
+      >>> for step in range(1, 4):
+      ...     sync = nag_jax.meeting(step, every=8, fragments=4, delay=1)
+      ...     updates, state = optimizer.update(params, state, params, sync=sync)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(state.slow["a"], state.slow["b"])
+      [0.7473 0.7473 0.7473] [1. 1. 1.]
+
     References:
       Zhang, Lucas, Hinton, Ba, Lookahead optimizer: k steps forward, 1 step back, 2019,
       arXiv:1907.08610. Douillard et al., DiLoCo: distributed low-communication training of language
       models, 2023, arXiv:2311.08105, algorithm 1. Kallusky, Rao, Nandavanam, Shi, SNOO: step-K
       Nesterov outer optimizer, 2025, arXiv:2510.15830. Therien et al., MuLoCo: Muon is a practical
-      inner optimizer for DiLoCo, 2025, arXiv:2505.23725.
+      inner optimizer for DiLoCo, 2025, arXiv:2505.23725. Douillard et al., Streaming DiLoCo with
+      overlapping communication, 2025, arXiv:2501.18512, algorithm 2.
     """
     check_optimizer("inner", inner)
     check_optimizer("outer_optimizer", outer_optimizer)
-    check_count("every", every, static=True)
+    check_rounds(every, fragments, delay)
+    check_range("mixing", mixing, 0.0, 1.0, high_closed=True, static=True)
     check_dtype("slow_dtype", slow_dtype)
+    check_memory_kind(memory_kind)
+    check_workers(axis_name, weighted, send_dtype)
     inner = optax.with_extra_args_support(inner)
     outer_optimizer = optax.with_extra_args_support(outer_optimizer)
 
     def init(params: Params) -> OuterState:
         check_trainable("the outer step", params)
         slow = copied(params, slow_dtype)
-        start = jnp.zeros([], jnp.int32)
-        return OuterState(inner.init(params), slow, outer_optimizer.init(slow), start)
+        numbers = numbered(slow, fragments)
+        outer_state = joined(
+            [outer_optimizer.init(part) for part in parts(slow, numbers, fragments)]
+        )
+        mean = wide_zeros(params) if delay else ()
+        if memory_kind is not None:
+            slow, outer_state, mean = on_host((slow, outer_state, mean))
+        feedback = ()
+        if send_dtype is not None:
+            feedback = joined([start(part) for part in parts(params, numbers, fragments)])
+        total = jnp.zeros([fragments]) if weighted else ()
+        return OuterState(
+            inner.init(params),
+            slow,
+            outer_state,
+            jnp.zeros([], jnp.int32),
+            Sent(mean, total) if delay else (),
+            feedback,
+            skipped=jnp.zeros([], jnp.int32) if weighted else (),
+            met=jnp.zeros([fragments], bool) if fragments > 1 or delay or mixing else (),
+        )
 
     def update(
         updates: Updates,
         state: OuterState,
         params: Params | None = None,
         *,
-        sync: bool | jax.Array | None = None,
+        sync: bool | jax.Array | Meeting | None = None,
+        weight: ArrayLike | None = None,
         **extra_args: object,
     ) -> tuple[Updates, OuterState]:
         params, state = given_params("outer", params), as_arrays(state)
+        weight = given_weight(weight, weighted)
+        steps = jnp.asarray(optax.safe_increment(state.steps))
+        due = due_fragments(sync, steps, every, fragments, delay)
+        if memory_kind is not None and any(isinstance(x, Tracer) for pair in due for x in pair):
+            raise ValueError(
+                f"memory_kind={memory_kind!r} needs a step that is compiled for what it does; pass "
+                "sync, a Python bool or what nag_jax.meeting returns, as a static argument"
+            )
+        numbers = numbered(state.slow, fragments)
 
-        def inner_step() -> tuple[Updates, OptState]:
+        def inner_step() -> tuple[list[Updates], OptState]:
             proposed, inner_state = inner.update(updates, state.inner, params, **extra_args)
             # The update of a Python number may be one.
-            return jax.tree.map(jnp.asarray, proposed), inner_state
-
-        def outer_step(proposed: Updates) -> tuple[Params, OptState]:
-            gradient = _displacement(proposed, params, state.slow, axis_name)
-            moves, new_state = outer_optimizer.update(gradient, state.outer, state.slow)
-            return _moved(state.slow, moves), jax.tree.map(_like, new_state, state.outer)
+            return parts(jax.tree.map(jnp.asarray, proposed), numbers, fragments), inner_state
 
         proposed, inner_state = inner_step()
-        steps = jnp.asarray(optax.safe_increment(state.steps))
 
-        due = sync if sync is not None else True if every == 1 else steps >= every
-        slow, outer_state = state.slow, state.outer
-        if isinstance(due, Tracer):
-            # XLA keeps in memory, at every step, what goes into a branch or comes out of it. So the
+        def send(p: int, old: Fragment) -> tuple[Sent, PyTree]:
+            # XLA keeps in memory, at every step, what goes into a branch or comes out of it. So a
             # branch computes the inner update again, and the choice between updates is outside.
-            slow, outer_state = jax.lax.cond(
-                due, lambda: outer_step(inner_step()[0]), lambda: (state.slow, state.outer)
+            u = (inner_step()[0] if isinstance(due[p].sends, Tracer) else proposed)[p]
+            difference = _displacement(u, params, on_device(old.slow))
+            mean, total, feedback = mean_of_workers(
+                difference, axis_name, weight, send_dtype, old.feedback
             )
-            choose = lambda moved, u: jnp.where(due, moved, u)
-            proposed = map_gradients(choose, _update_to(slow, proposed, params), proposed)
-        elif due:  # outside of jit, where lax.cond would be compiled at every call
-            slow, outer_state = outer_step(proposed)
-            proposed = _update_to(slow, proposed, params)
-        steps = _like(jnp.where(due, 0, steps), state.steps)
-        return proposed, OuterState(inner_state, slow, outer_state, steps)
+            sent = Sent(mean, total)
+            if delay:
+                sent = Sent(filled(mean, old.sent.mean), total)
+                sent = jax.tree.map(alike, sent, old.sent)
+            return sent, jax.tree.map(alike, feedback, old.feedback)
+
+        def apply(sent: Sent, old: Fragment) -> tuple[Params, OptState, PyTree]:
+            mean, slow, outer_state = on_device((sent.mean, old.slow, old.outer))
+            moves, new_state = outer_optimizer.update(mean, outer_state, slow)
+            new = _moved(slow, moves), jax.tree.map(alike, new_state, outer_state)
+            if not weighted:
+                return *new, old.skipped
+            anyone = sent.total > 0
+            new = jax.tree.map(lambda x, old: jnp.where(anyone, x, old), new, (slow, outer_state))
+            count = lambda n: alike(jnp.where(anyone, n, optax.safe_increment(n)), n)
+            return *new, jax.tree.map(count, old.skipped)
+
+        def outer_step(p: int, old: Fragment) -> tuple[Updates, Fragment]:
+            sends, applies = due[p]
+            slow, outer_state, sent, feedback, skipped = old
+            if delay:
+                sent, feedback = _branch(sends, lambda: send(p, old), (sent, feedback))
+                slow, outer_state, skipped = _branch(
+                    applies, lambda: apply(old.sent, old), (slow, outer_state, skipped)
+                )
+            else:
+
+                def meet() -> tuple[PyTree, ...]:
+                    sent, feedback = send(p, old)
+                    return *apply(sent, old), feedback
+
+                slow, outer_state, skipped, feedback = _branch(
+                    applies, meet, (slow, outer_state, skipped, feedback)
+                )
+            u = proposed[p]
+            if isinstance(applies, Tracer):
+                choose = lambda moved, u: jnp.where(applies, moved, u)
+                u = map_gradients(choose, _update_to(slow, u, params, kept), u)
+            elif applies:
+                u = _update_to(slow, u, params, kept)
+            return u, Fragment(slow, outer_state, sent, feedback, skipped)
+
+        # The share of its own params that a worker keeps in an outer step.
+        kept = (
+            jnp.where(weight > 0, mixing, 0.0) if mixing and weight is not None else float(mixing)
+        )
+        moved, new, skipped = [], [], state.skipped
+        for p, old in enumerate(split(state, numbers, fragments)):
+            u, fragment = outer_step(p, old._replace(skipped=skipped))
+            moved, new, skipped = [*moved, u], [*new, fragment], fragment.skipped
+        steps = jnp.where(due[-1].applies, delay, steps)
+        return merged(moved), assembled(state, inner_state, steps, new, due, exact=mixing == 0)
 
     return transformation(init, update)
 
 
-def _displacement(
-    updates: Updates, params: Params, slow: Params, axis_name: AxisName | None
-) -> Updates:
-    """From the mean of the workers' params after ``updates`` back to the start of the round."""
+def _branch(due: bool | jax.Array, work: Callable[[], Tree], old: Tree) -> Tree:
+    """``work()`` if it is due, otherwise ``old``."""
+    if isinstance(due, Tracer):
+        return jax.lax.cond(due, work, lambda: old)
+    return work() if due else old  # outside of jit, where lax.cond would be compiled at every call
+
+
+def _displacement(updates: Updates, params: Params, slow: Params) -> Updates:
+    """From this worker's params after ``updates`` back to the slow copy."""
     # The inner steps began at the slow copy in the dtype of params. What that rounded off is not a
     # displacement and must not enter the outer momentum.
-    difference = map_gradients(
+    return map_gradients(
         lambda u, p, s: wide(s.astype(dtype_of(p))) - (wide(p) + wide(u)), updates, params, slow
     )
-    return difference if axis_name is None else jax.lax.pmean(difference, axis_name)
 
 
 def _moved(slow: Params, moves: Updates) -> Params:
     """The slow copy after the outer step; unchanged where ``moves`` have None."""
     return filled(
-        map_gradients(lambda move, s: _like(mix(1.0, s, 1.0, move), s), moves, slow), slow
+        map_gradients(lambda move, s: alike(mix(1.0, s, 1.0, move), s), moves, slow), slow
     )
 
 
-def _update_to(slow: Params, updates: Updates, params: Params) -> Updates:
-    """The update that brings ``params`` to the slow copy, in the dtypes of ``updates``."""
-    return map_gradients(
-        lambda u, p, s: _like(wide(s.astype(dtype_of(p))) - wide(p), u), updates, params, slow
-    )
+def _update_to(slow: Params, updates: Updates, params: Params, kept: Scalar) -> Updates:
+    """The update that brings ``params`` to the slow copy, in the dtypes of ``updates``.
 
-
-def resynchronize(params: PyTree, opt_state: OptState) -> PyTree:
-    """Removes the rounding error that params have after an outer step of :func:`outer`.
-
-    Call it after ``optax.apply_updates`` if params must be bit for bit the same on all workers.
-
-    Args:
-      params: the parameters as trained with :func:`outer`, any pytree.
-      opt_state: the state of the same step, of :func:`outer` or of a chain that contains it.
-
-    Returns:
-      A pytree like params, with the same shapes and dtypes. Directly after an outer step it is the
-      slow copy, otherwise params unchanged.
-
-    Raises:
-      ValueError: if opt_state does not contain a state of ``outer``.
-
-    Example:
-      >>> optimizer = nag_jax.lookahead(optax.sgd(0.3), every=1)
-      >>> params = jnp.array([0.1])
-      >>> updates, state = optimizer.update(jnp.array([0.7]), optimizer.init(params), params)
-      >>> params = nag_jax.resynchronize(optax.apply_updates(params, updates), state)
-      >>> bool(params == state.slow)
-      True
+    With ``kept`` above 0 it is this share of the way from the slow copy to where ``updates`` lead.
     """
-    is_outer = lambda node: isinstance(node, OuterState)
-    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_outer) if is_outer(s)]
-    if not states:
-        raise ValueError(
-            f"opt_state holds no state of nag_jax.outer, got {jax.tree.structure(opt_state)}; pass "
-            "what optimizer.init(params) returned"
-        )
-    # More than one where groups of parameters have their own optimizers.
-    for state in states:
-        params = _resynchronized(params, state)
-    return params
 
+    def update(u: jax.Array, p: jax.Array, s: jax.Array) -> jax.Array:
+        target = wide(s.astype(dtype_of(p)))
+        if not (isinstance(kept, float) and kept == 0):
+            target = mix(kept, wide(p) + wide(u), 1 - kept, target)
+        return alike(target - wide(p), u)
 
-def _resynchronized(params: PyTree, state: OuterState) -> PyTree:
-    (steps,) = jax.tree.leaves(state.steps)  # which may be in a flax variable
-    slow = by_path(state.slow)
-
-    def exact(path: KeyPath, p: jax.Array) -> jax.Array:
-        if path not in slow:
-            return p
-        # A select, since under jit it is not known whether this step was an outer step.
-        return jnp.where(steps == 0, slow[path].astype(dtype_of(p)), p)
-
-    return jax.tree_util.tree_map_with_path(exact, params)
-
-
-def _like(new: ArrayLike, old: jax.Array) -> jax.Array:
-    """``new`` in the dtype of ``old``, and varying over the same axes of a ``shard_map``."""
-    new = jnp.asarray(new, old.dtype)
-    missing = tuple(varying_axes(old) - varying_axes(new))
-    if not missing:
-        return new
-    lax: Any = jax.lax  # pcast replaces pvary, which is the only one in jax 0.7
-    if hasattr(lax, "pcast"):
-        return lax.pcast(new, missing, to="varying")
-    return lax.pvary(new, missing)
+    return map_gradients(update, updates, params, slow)

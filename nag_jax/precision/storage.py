@@ -77,7 +77,7 @@ def zeros(params: Params, dtype: DTypeLike | None = None, min_size: int = 0) -> 
     return jax.tree.map(zero, params)
 
 
-def map_numbered(function: Callable[..., jax.Array], tree: PyTree, *rest: PyTree) -> PyTree:
+def map_numbered(function: Callable[..., PyTree], tree: PyTree, *rest: PyTree) -> PyTree:
     """``function(number of the leaf, leaf, *rest)``; a None of the first tree stays and counts."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda node: node is None)
     others = [structure.flatten_up_to(other) for other in rest]

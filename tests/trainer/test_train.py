@@ -12,12 +12,14 @@ import optax
 import pytest
 
 import nag_jax
+from benchmarks import collectives
 from examples.trainer.data import datasets
 from examples.trainer.data.shard_writer import write_shards
 from examples.trainer.errors import UserError
 from examples.trainer.loop import train
 from examples.trainer.loop.evaluation import make_evaluate, make_refresh
-from examples.trainer.loop.steps import epoch_order, initial_state
+from examples.trainer.loop.setup import set_up
+from examples.trainer.loop.steps import epoch_order, initial_state, make_update
 from examples.trainer.optimizer import make_optimizer
 from examples.trainer.run.checkpoints import Checkpoints
 from examples.trainer.tasks.choose import make_task
@@ -200,6 +202,35 @@ def test_accumulated_micro_batches_are_the_large_batch(tmp_path, name):
     chex.assert_trees_all_close(ours.params, theirs.params, rtol=0, atol=1e-6)
     other = train.train_and_evaluate(config(name, **small | dict(batch_size=32)), tmp_path / "o")
     assert abs(other[-1]["test_loss"] - whole[-1]["test_loss"]) > 1e-3
+
+
+def after_two_updates(name, devices, accumulate):
+    """The state, and the compiled update."""
+    chosen = config(name, dataset="digits", devices=devices, accumulate=accumulate)
+    if name == "resnet":
+        chosen.model.channels = (4, 8)
+    found = set_up(chosen)
+    optimizer = found.optimizer.transformation
+    update = jax.jit(make_update(found.task, optimizer, accumulate, found.layout))
+    batch = {key: np.asarray(x)[:128] for key, x in found.feed.samples.items()}
+    batch = found.layout.put_rows(batch)
+    compiled = update.lower(found.state, batch).compile()
+    return compiled(compiled(found.state, batch), batch), compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_devices_reduce_once_per_update_and_change_no_number(name):
+    """BatchNorm, too, sees the same rows together on any number of devices."""
+    alone, _ = after_two_updates(name, 1, 4)
+    state, compiled = after_two_updates(name, 8, 4)
+    for ours, theirs in zip(*map(jax.tree.leaves, (state, alone)), strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-4, atol=1e-5)
+    gradient = 4 * sum(p.size for p in jax.tree.leaves(state.params))
+    statistics = 4 * sum(x.size for x in jax.tree.leaves(state.rest))
+    # For each micro-batch, of the statistics and their gradients.
+    most = gradient + 4 * 2 * statistics + 1000
+    assert gradient <= collectives.sent(compiled)["all-reduce"] / (2 * 7 / 8) <= most
 
 
 def test_evaluation_counts_every_sample_once():

@@ -30,9 +30,10 @@ class Layout:
 
     def __init__(self, devices: int = 0):
         used = jax.devices()[: devices or None]
-        self.mesh = jax.make_mesh((len(used),), ("data",), (AxisType.Auto,), devices=used)
+        self.axis = "data"
+        self.mesh = jax.make_mesh((len(used),), (self.axis,), (AxisType.Auto,), devices=used)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
-        self.rows = NamedSharding(self.mesh, PartitionSpec("data"))
+        self.rows = NamedSharding(self.mesh, PartitionSpec(self.axis))
 
     def put_whole(self, tree: Any) -> Any:
         """Copies of arrays that all processes have, on all devices."""
@@ -47,10 +48,6 @@ class Layout:
         """A batch of which each process has its share of the rows, in order."""
         put = lambda x: jax.make_array_from_process_local_data(self.rows, x)
         return jax.tree.map(put, tree)
-
-    def constrain(self, batch: Any) -> Any:
-        """Inside jit: spreads the rows of a batch over the devices."""
-        return jax.lax.with_sharding_constraint(batch, self.rows)
 
 
 def host_copy(tree: Any) -> Any:

@@ -44,9 +44,7 @@ def find_learning_rate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
     optimizer = make_optimizer(
         config, setup.feed.steps_per_epoch, sweep.steps, lambda step: sweep.low * ratio**step
     ).transformation
-    setup.feed.compile(
-        make_update(setup.task, optimizer, config.accumulate, setup.layout.constrain)
-    )
+    setup.feed.compile(make_update(setup.task, optimizer, config.accumulate, setup.layout))
     opt_state = setup.layout.put_whole(optimizer.init(setup.state.params))
     losses = sweep_losses(setup.feed, setup.state._replace(opt_state=opt_state), sweep.steps)
     found = suggest(sweep.low, ratio, losses)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import nag_jax
+from examples.trainer.cluster.layout import Layout
 from examples.trainer.compiling import jit
 from examples.trainer.run.state import TrainState
 from examples.trainer.tasks.task import Batch, Sums, Task
@@ -33,71 +35,59 @@ def initial_state(
 
 def make_update(
     task: Task,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: optax.GradientTransformation,
     accumulate: int,
-    constrain: Callable[[Batch], Batch],
+    layout: Layout,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns ``(state, batch) -> state``: one update from one batch.
 
-    ``constrain`` shards the batch over the devices. The gradients of ``accumulate`` micro-batches
-    are summed one after the other, so the update is that of the whole batch. An update whose loss
-    or gradient is not finite changes only the step and ``skipped``.
-
-    Why not ``nag_jax.train_step``? It averages metrics, and this log needs exact sums. It also
-    accumulates on each device separately; here BatchNorm sees the rows of all devices, so results
-    do not depend on the number of devices. The price is that with several devices the gradients
-    are reduced once per micro-batch instead of once per update.
+    Each device sums the gradients of its part of ``accumulate`` micro-batches one after the other,
+    and the sums are reduced once, so the update is that of the whole batch. BatchNorm takes the
+    statistics of a micro-batch over all devices, so results do not depend on their number. An
+    update whose loss or gradient is not finite changes only the step and ``skipped``.
     """
+    # With micro-batches the loss gets the rows of one device, otherwise the whole batch.
+    axis = layout.axis if accumulate > 1 else None
 
-    def gradients(params: Any, rest: Any, batch: Batch) -> tuple[Any, Any, Sums]:
-        grads, (rest, sums) = jax.grad(task.losses, has_aux=True)(params, rest, constrain(batch))
-        return grads, rest, sums
+    def loss_fn(params: Any, batch: Batch, model_state: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
+        loss, (rest, sums) = task.losses(params, model_state, batch, axis)
+        return loss / jnp.maximum(sums["samples"], 1.0), (rest, sums)
 
-    def accumulated(params: Any, rest: Any, batch: Batch) -> tuple[Any, Any, Sums]:
-        if accumulate == 1:
-            return gradients(params, rest, batch)
-        # Each micro-batch takes every accumulate-th row, so that it is spread over the devices as
-        # the batch is.
-        split = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-        micro = jax.tree.map(split, batch)
-
-        def add(carry: Any, batch: Batch) -> tuple[Any, None]:
-            total, rest, totals = carry
-            grads, rest, sums = gradients(params, rest, batch)
-            total, totals = jax.tree.map(jnp.add, (total, totals), (grads, sums))
-            return (total, rest, totals), None
-
-        first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(gradients, params, rest, first)
-        total, _, totals = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, (total, rest, totals), micro)[0]
+    step = nag_jax.train_step(
+        loss_fn,
+        optimizer,
+        mesh=layout.mesh,
+        axis=layout.axis,
+        accumulate=accumulate,
+        nonfinite="skip",
+        has_aux=True,
+        aux="sum",
+        weight=lambda batch: jnp.sum(batch.get("weight", jnp.ones(len(batch["x"])))),
+    )
 
     def update(state: TrainState, batch: Batch) -> TrainState:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        batch = task.prepare(batch, key)
-        grads, rest, sums = accumulated(state.params, state.rest, batch)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums["samples"], 1.0), grads)
-        finite = jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(sums["loss"])
-
-        def changed() -> TrainState:
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            added = jax.tree.map(jnp.add, state.sums, sums)
-            return state._replace(params=params, rest=rest, opt_state=opt_state, sums=added)
-
-        kept = state._replace(skipped=state.skipped + 1)
-        return select(finite, changed, kept)._replace(step=state.step + 1)
+        before = nag_jax.StepState(
+            opt_state=state.opt_state,
+            model_state=state.rest,
+            rng=None,
+            steps=state.step,
+            skipped=state.skipped,
+            in_a_row=jnp.zeros_like(state.skipped),
+        )
+        params, after, metrics = step(state.params, before, task.prepare(batch, key))
+        made = after.skipped == state.skipped
+        add = lambda total, new: jnp.where(made, total + new, total)
+        return state._replace(
+            step=after.steps,
+            params=params,
+            rest=after.model_state,
+            opt_state=after.opt_state,
+            sums=jax.tree.map(add, state.sums, metrics.get("aux")),
+            skipped=after.skipped,
+        )
 
     return update
-
-
-def select(condition: jax.Array, new: Callable[[], TrainState], old: TrainState) -> TrainState:
-    """``new()`` where the condition holds, else ``old``."""
-    # On CPU a branch is free and a select of all arrays is not. On an accelerator a branch makes
-    # the device wait for the host.
-    if jax.default_backend() == "cpu":
-        return jax.lax.cond(condition, new, lambda: old)
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new(), old)
 
 
 def make_run(

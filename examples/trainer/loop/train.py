@@ -97,7 +97,7 @@ def is_complete(workdir: Path) -> bool:
 
 def compile_update(config: Any, setup: Setup) -> None:
     update = steps.make_update(
-        setup.task, setup.optimizer.transformation, config.accumulate, setup.layout.constrain
+        setup.task, setup.optimizer.transformation, config.accumulate, setup.layout
     )
     setup.feed.compile(update)
 

@@ -35,12 +35,14 @@ class Adversarial(Task):
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         return batch | {"z": jax.random.normal(key, (len(batch["x"]), self.latent))}
 
-    def losses(self, params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, tuple[Any, Sums]]:
+    def losses(
+        self, params: Any, rest: Any, batch: Batch, axis: str | None = None
+    ) -> tuple[jax.Array, tuple[Any, Sums]]:
         fixed = jax.lax.stop_gradient
         # Three copies, because each call of a network updates its BatchNorm statistics.
-        generating = self.model(params, rest, train=True)
-        judging = self.model(params, rest, train=True)
-        unchanged = self.model(fixed(params), rest, train=True)
+        generating = self.model(params, rest, train=True, axis=axis)
+        judging = self.model(params, rest, train=True, axis=axis)
+        unchanged = self.model(fixed(params), rest, train=True, axis=axis)
         fake = generating["generator"](batch["z"])
         real = batch["x"].astype(jnp.float32) / 127.5 - 1
         weight = batch.get("weight", jnp.ones(len(real)))

@@ -2,7 +2,8 @@
 
 ``losses(params, rest, batch)`` returns the *sum* of the losses over the batch, the new ``rest``
 (BatchNorm statistics) and sums of metrics over samples, one of which is ``samples``. Sums of
-micro-batches therefore add up to those of the whole batch.
+micro-batches therefore add up to those of the whole batch. Where each device of a mapped ``axis``
+has its own rows of a batch, BatchNorm takes its statistics over the axis.
 """
 
 from typing import Any
@@ -27,17 +28,24 @@ class Task:
         model.eval()
         self.eval_graph = nnx.graphdef(model)
 
-    def model(self, params: Any, rest: Any, *, train: bool) -> Any:
+    def model(self, params: Any, rest: Any, *, train: bool, axis: str | None = None) -> Any:
+        """The model; with ``axis`` BatchNorm takes its statistics over that mapped axis."""
         graph = self.train_graph if train else self.eval_graph
-        return nnx.merge(graph, params, rest, copy=True)
+        model = nnx.merge(graph, params, rest, copy=True)
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, nnx.BatchNorm):
+                module.axis_name = axis
+        return model
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """Prepares a training batch: augmentation, noise."""
         del key
         return batch
 
-    def losses(self, params: Any, rest: Any, batch: Batch) -> tuple[jax.Array, tuple[Any, Sums]]:
-        model = self.model(params, rest, train=True)
+    def losses(
+        self, params: Any, rest: Any, batch: Batch, axis: str | None = None
+    ) -> tuple[jax.Array, tuple[Any, Sums]]:
+        model = self.model(params, rest, train=True, axis=axis)
         loss, sums = self.score_batch(model, batch)
         return loss, (nnx.state(model, nnx.Not(nnx.Param)), sums)
 
