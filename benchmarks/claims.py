@@ -207,7 +207,7 @@ def chips() -> dict[str, bool]:
     kernels = lambda name: rows[name]["h100"]["500 of 64 x 64"]["operations"]
     sgd = "optax.sgd, nesterov"
     return {
-        "Every rule moves the least, with or without a restart.": all(
+        "Every rule moves the least, with or without a restart,": all(
             max(ratios(name)) < 1.01 for name in rows if name.startswith(least) and name not in more
         ),
         "`nag_auto` and `backtracking` move more than their least.": all(
