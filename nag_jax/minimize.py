@@ -190,8 +190,10 @@ def minimize(
         raise ValueError(
             f"error must be a function of params or None, got {error!r}; see nag_jax.gaps"
         )
-    if history:
-        check_count("max_steps", max_steps, static=True)
+    if history and isinstance(max_steps, jax.Array):
+        raise ValueError(
+            "max_steps must be an int with history=True, the length of the history, got an array"
+        )
     if not isinstance(max_steps, jax.Array):
         max_steps = min(max_steps, _MOST_STEPS)
     length = int(max_steps) if history else None

@@ -393,7 +393,7 @@ def test_new_arguments_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             minimize(least_squares, jnp.zeros(6), **arguments)
-    with pytest.raises(ValueError, match="max_steps must be known while tracing"):
+    with pytest.raises(ValueError, match="max_steps must be an int with history=True"):
         jax.jit(lambda n: minimize(least_squares, jnp.zeros(6), history=True, max_steps=n).history)(
             jnp.array(5)
         )
