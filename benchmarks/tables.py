@@ -1,6 +1,7 @@
 """Writes the tables of the pages from the result files: ``python -m benchmarks.tables``."""
 
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks import (
     step_time,
     stepsizes,
 )
+from benchmarks import diloco as diloco_study
 from benchmarks.readme import PAGE, markdown, source, write_section
 from benchmarks.speedup import claims, report
 
@@ -57,34 +59,39 @@ def streaming(results: dict[str, Any]) -> str:
 
 
 def diloco(results: dict[str, Any]) -> str:
-    """Loss and traffic for each period, and the losses under other settings."""
-    rows = [
-        [
-            row["method"], row["every"] if row["method"] == "DiLoCo" else "",
-            f"{row['learning_rate']:g}", f"{row['loss']:.4f}", f"{row['bytes_per_step']:,.0f}",
-        ]
-        for row in results["results"]
+    """Test loss and traffic for each inner optimizer, period and dtype of what is sent."""
+    found, rows = results["rows"], []
+    mean = lambda key: statistics.mean(found[key]["test"])
+    for key, row in sorted(found.items(), key=lambda item: _place(item[0])):
+        kind, inner, every, *sent = key.split(" | ")
+        if kind != "final":
+            continue
+        tuned = found[f"search | {inner} | {every}"]["setting"]
+        alone = f"final | {inner} | 0 | float32"
+        outside = f"{tuned['outer_rate']:g}, {tuned['outer_momentum']:g}"
+        above = f"{100 * (mean(key) / mean(alone) - 1):+.1f} %"
+        spread = max(row["test"]) - min(row["test"])
+        rows.append([
+            inner, every if every != "0" else "synchronous", sent[0], f"{tuned['rate']:.2g}",
+            outside if every != "0" else "", f"{mean(key):.4f} ± {spread / 2:.4f}",
+            above if every != "0" else "", f"{row['bytes_per_step']:,.0f}",
+        ])  # fmt: skip
+    head = [
+        "inner optimizer", "H", "sent as", "inner rate", "outer rate, momentum", "test loss",
+        "above synchronous", "bytes per step and worker",
     ]  # fmt: skip
-    head = ["method", "H", "peak inner rate", "test loss", "bytes per step and worker"]
-    others = [
-        [
-            row["method"], row.get("every", ""), row["learning_rate"],
-            row.get("outer_learning_rate", ""), row.get("outer_momentum", ""), f"{row['loss']:.4f}",
-        ]
-        for row in json.loads((RESULTS / "diloco_settings.json").read_text())["rows"]
-    ]  # fmt: skip
-    config = results["config"]
-    settings = (
-        f"{config['local']['workers']} workers, batches of {config['batch_size']}, a model of "
-        f"{results['results'][0]['bytes_per_step'] / 4:,.0f} parameters; momentum "
-        f"{config['momentum']} inside, outer learning rate "
-        f"{config['local']['outer_learning_rate']} and momentum {config['local']['outer_momentum']}"
-    )
-    return (
-        f"{source(results)} {results['seconds']} s. {settings}.\n\n{markdown(head, rows)}\n\n"
-        "Other settings (`results/diloco_settings.json`):\n\n"
-        + markdown(["method", "H", "inner rate", "outer rate", "outer momentum", "loss"], others)
-    )
+    parameters = next(row["parameters"] for row in found.values() if "parameters" in row)
+    about = f"{diloco_study.WORKERS} workers with batches of {diloco_study.BATCH}, "
+    about += f"{diloco_study.STEPS} steps, {parameters:,} parameters, {len(diloco_study.SEEDS)} "
+    about += "seeds (half the distance of the best and the worst after ±)."
+    return f"{source(results)} {about}\n\n{markdown(head, rows, text_columns=3)}"
+
+
+def _place(key: str) -> tuple[int, ...]:
+    """Where a row of DiLoCo's results belongs in the table."""
+    _, inner, every, *sent = key.split(" | ")
+    dtypes = list(diloco_study.SENT)
+    return list(diloco_study.INNER).index(inner), int(every), *(dtypes.index(x) for x in sent)
 
 
 STORAGES = {  # what to pass as accumulator_dtype
