@@ -164,17 +164,26 @@ def streaming() -> dict[str, bool]:
 
 
 def diloco() -> dict[str, bool]:
-    found = [row for row in read("diloco")["results"] if row["method"] == "DiLoCo"]
-    plain = [r["loss"] for r in read("diloco_settings")["rows"] if r.get("outer_momentum") == 0]
-    losses = [row["loss"] for row in found]
+    rows = read("diloco")["rows"]
+    mean = lambda key: float(np.mean(rows[f"final | {key}"]["test"]))
+    above = lambda inner, every, sent="float32": (
+        100 * (mean(f"{inner} | {every} | {sent}") / mean(f"{inner} | 0 | float32") - 1)
+    )
+    inners = "NAG", "AdamW", "Muon"
+    nag, adamw, muon = (f"{above(inner, 32):.1f} %" for inner in inners)
+    others = [above("Muon", h, sent) - above("Muon", h) for h in (8, 32, 128)
+              for sent in ("bfloat16", "int8", "int4")]  # fmt: skip
+    most = math.ceil(10 * max(map(abs, others))) / 10
+    momenta = [rows[f"search | {i} | {h}"]["setting"]["outer_momentum"] for i in inners
+               for h in (8, 32, 128)]  # fmt: skip
     return {
-        "The loss rises slowly with the period H": (
-            losses == sorted(losses) and losses[-1] < 1.1 * losses[0]
-        ),
-        "the traffic falls in proportion": len({r["bytes_per_step"] * r["every"] for r in found})
-        == 1,
-        "At the longest period outer momentum gains next to nothing": abs(plain[-1] - losses[-1])
-        < 0.002,
+        f"At H = 32 the loss is {adamw} above that of synchronous training with AdamW inside, "
+        f"{muon} with Muon and {nag} with NAG": True,
+        f"at H = 8 {span([above(i, 8) for i in inners])} %, at H = 128 "
+        f"{span([above(i, 128) for i in inners])} %": True,
+        "So the 2 % that we aimed at are missed": min(above(i, 32) for i in inners) > 2,
+        f"changes the loss by at most {most} %": True,
+        f"the best outer momentum is {span(momenta)}": max(momenta) < 0.9,
     }
 
 
@@ -271,25 +280,24 @@ def front() -> dict[str, bool]:
 def beside_others() -> dict[str, bool]:
     """The numbers of our own on the page about those of others."""
     found = claims.Speedup.of(report.load(claims.FOLDER))
-    of = {
-        row["every"]: row["loss"] for row in read("diloco")["results"] if row["method"] == "DiLoCo"
-    }
-    alone, *_ = (r["loss"] for r in read("diloco")["results"] if r["method"] != "DiLoCo")
-    larger = [r["loss"] for r in read("diloco_settings")["rows"] if r.get("outer_momentum") == 0.9]
+    local = read("diloco")["rows"]
+    of = lambda every: np.mean(local[f"final | NAG | {every} | float32"]["test"])
+    momenta = [row["setting"]["outer_momentum"] for key, row in local.items()
+               if key.startswith("search") and " | 0" not in key]  # fmt: skip
     averaged = [r for r in read("auto")["rows"] if r["method"] == "averaged(nag), constant"]
     ratios, gains = ([row[key] for row in averaged] for key in ("ratio", "difference"))
     gained = f"{min(gains):+.2f} to {max(gains):+.2f}"
     times = lambda key: span(found.in_training(key).values(), 2)
     rows = found.trained["transformer"]["rows"]
     test = lambda key: f"{np.mean(rows[key]['test']):.3f}"
-    losses = " and ".join(", ".join(f"{of[h]:.3f}" for h in (1, 8, 32, 128)).rsplit(", ", 1))
+    losses = f"{of(8):.3f}, {of(32):.3f} and {of(128):.3f}"
     return {
         f"tuned SGD needs {times('sgd')} times the steps of tuned NAG": True,
         f"tuned heavy ball {times(claims.BALL)} times": True,
         f"tuned Adam {times('adam')} times": True,
         f"Tuned Nadam needs {times('nadam')} times the steps of tuned NAG": True,
-        f"test loss {alone:.3f} of synchronous NAG, {losses} of DiLoCo": True,
-        "an outer momentum of 0.9, as in the paper, was worse than 0.5": min(larger) > of[128],
+        f"test loss {of(0):.3f} of synchronous NAG, {losses} of DiLoCo": True,
+        f"the best outer momentum was {span(momenta)}, not 0.9": max(momenta) < 0.9,
         f"{span(ratios, 2)} times the steps, accuracy {gained} points": True,
         f"test loss {test('nadam')} of Nadam, {test('adam')} of Adam": True,
         f"test loss {test('snoo')} of SNOO(AdamW), {test('adamw')} of AdamW": True,

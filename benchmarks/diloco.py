@@ -25,8 +25,7 @@ import numpy as np
 import optax
 
 import nag_jax
-from benchmarks.machine import describe_machine
-from benchmarks.speedup.__main__ import ENVIRONMENT
+from benchmarks.machine import ENVIRONMENT, describe_machine
 from configs import diloco as recipe
 from examples.trainer.compiling import jit
 from examples.trainer.data import datasets

@@ -19,19 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.machine import describe_machine
+from benchmarks.machine import ENVIRONMENT, describe_machine
 from benchmarks.speedup import cells, plots, report, store
 from benchmarks.speedup.optimizers import NEWER, OPTIMIZERS
 
 RESULTS = Path(__file__).parent.parent / "results" / "speedup"
 IMAGES = RESULTS.parent.parent.parent / "docs" / "img"
 QUICK = Path("runs/speedup")
-# Two runs in parallel, each on one thread, are faster than one after the other on two threads.
-ENVIRONMENT = {
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    "PJRT_NPROC": "1",
-    "JAX_PLATFORMS": "cpu",
-}
 
 
 def wanted(arguments: argparse.Namespace) -> dict[str, list[str]]:
