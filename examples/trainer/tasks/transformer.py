@@ -1,4 +1,4 @@
-"""A decoder-only character model, in flax.nnx: GPT-2 with heads that see only earlier characters.
+"""A decoder-only character model (Radford et al. 2019, GPT-2), in flax.nnx.
 
 Queries, keys and values have a matrix each, so that optimizers of matrices, such as Muon, see them
 separately.
@@ -38,7 +38,7 @@ class Transformer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Causal attention and a perceptron, each added to what comes in (Radford et al. 2019)."""
+    """Causal attention and a perceptron, each after a normalization and added to its input."""
 
     def __init__(self, width: int, heads: int, blocks: int, *, rngs: nnx.Rngs):
         self.heads = heads
