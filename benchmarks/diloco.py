@@ -67,7 +67,7 @@ class Trainer:
     """Trains the model with one inner optimizer and one period; settings are arguments."""
 
     def __init__(self, inner: str, every: int, sent: str = "float32", quick: bool = False):
-        config = recipe.get_config()
+        config: Any = recipe.get_config()
         dataset = datasets.load(config)
         x = dataset.train["x"]
         self.every, self.steps = every, 128 if quick else STEPS
