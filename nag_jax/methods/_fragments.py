@@ -23,7 +23,7 @@ class Meeting(NamedTuple):
 def meeting(step: int, *, every: int, fragments: int = 1, delay: int = 0) -> Meeting:
     r"""Returns what a step of :func:`outer` does, for the argument ``sync`` of its update.
 
-    The displacement of fragment p is sent in the steps :math:`t_p, t_p + H, t_p + 2H, \dots` with
+    The displacement of fragment p is sent in the steps :math:`t_p, t_p + H, t_p + 2H, \ldots` with
     :math:`t_p = \lfloor (p + 1) H / P \rfloor`. The outer step follows :math:`\tau` steps later.
 
     Args:

@@ -22,7 +22,7 @@ def sorted_l1(strength: Strength) -> Prox:
     Equal weights make it :func:`l1`. Entries of similar size are set to the same size.
 
     Args:
-      strength: :math:`\lambda_1 \ge \lambda_2 \ge \dots \ge 0`: an array with as many entries as
+      strength: :math:`\lambda_1 \ge \lambda_2 \ge \ldots \ge 0`: an array with as many entries as
         each leaf, or a tree of these that is a prefix of params. A number is the weight of all.
 
     Returns:
