@@ -340,7 +340,7 @@ def test_send_dtype_sends_rounded_displacements_and_keeps_the_rest(send_dtype):
         for name, first in (("a", 1), ("b", 2)):
             if k >= first and (k - first) % 2 == 0:
                 moved = only(name, slow[name] - local[name])
-                on_the_way[name], kept[name] = mean(moved, kept[name], weight)
+                on_the_way[name], _, kept[name] = mean(moved, kept[name], weight)
             if k > first and (k - 1 - first) % 2 == 0:
                 slow[name] = slow[name] - on_the_way[name][name]
                 local[name] = slow[name]
